@@ -1,0 +1,32 @@
+# `make demo` and `make test` are all a newcomer needs; both make their own environment.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: demo test test-oldest lint format clean
+
+demo: $(VENV)/installed-examples
+	$(BIN)/python examples/digits_three_ways.py $(ARGS)
+
+test: $(VENV)/installed-all lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-all
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-all
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-%: $(VENV)/bin/python setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oldest build *.egg-info

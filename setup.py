@@ -1,0 +1,44 @@
+"""Packaging. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXAMPLES = [
+    "tensorflow-datasets>=4.9.10",  # the data sets, the embedded digits builder too
+    "scikit-learn>=1.4",  # its digits are the data that needs no network
+    "matplotlib>=3.8",  # the curves
+]
+TUNER = [
+    "keras-tuner>=1.4.8",
+    "tensorboard",  # keras-tuner's trials all fail without it
+]
+DEV = [
+    # Exact, so that the gate says the same tomorrow.
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "pytest>=9.0",
+    "pytest-timeout>=2.4",
+]
+
+setup(
+    name="tf-blockmomentum",
+    version="0.1.0",
+    description="Block momentum (M-AVG) for Keras 3: distributed training that communicates "
+    "K times less",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["tf_blockmomentum", "tf_blockmomentum.*"]),
+    # The oldest versions are those the tests pass on (make test-oldest). Keras 4 may move
+    # the private methods that _keras.py stands on.
+    install_requires=["tensorflow>=2.20", "keras>=3.12,<4", "numpy"],
+    extras_require={
+        "examples": EXAMPLES,
+        "tuner": TUNER,
+        "dev": DEV,
+        "all": EXAMPLES + TUNER + DEV,
+    },
+    entry_points={"console_scripts": ["tfbm-launch=tf_blockmomentum.launch:main"]},
+)

@@ -1,0 +1,25 @@
+"""Block momentum for Keras 3 on TensorFlow: local training that communicates K times less."""
+
+import os as _os
+import sys as _sys
+
+__version__ = "0.1.0"
+
+# The launcher only starts processes and need not wait seconds for TensorFlow.
+if "tf_blockmomentum.launch" in _sys.orig_argv or (
+    _os.path.basename(_sys.argv[0] if _sys.argv else "") == "tfbm-launch"
+):
+    __all__ = []
+else:
+    from tf_blockmomentum.callback import BlockTraining
+    from tf_blockmomentum.loop import BlockLoop
+    from tf_blockmomentum.optimizer import BlockMomentum
+    from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
+
+    __all__ = [
+        "BlockLoop",
+        "BlockMomentum",
+        "BlockTraining",
+        "MultiDeviceBlockStrategy",
+        "MultiWorkerBlockStrategy",
+    ]

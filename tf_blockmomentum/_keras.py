@@ -1,0 +1,219 @@
+"""The only file that touches anything private of Keras, each place with its reason."""
+
+import contextlib
+import functools
+
+import keras
+import tensorflow as tf
+
+from tf_blockmomentum.strategy import BlockStrategy
+
+_Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
+_BaseOptimizer = next(
+    c for c in keras.optimizers.Optimizer.__mro__ if c.__name__ == "BaseOptimizer"
+)
+
+
+# -- optimizers ---------------------------------------------------------------------------
+
+
+class _LocalUpdate(keras.optimizers.Optimizer):
+    """Keeps an optimizer's update inside its replica.
+
+    Keras's TensorFlow optimizers sum gradients over the replicas and enter
+    `merge_call`. The backend-agnostic base class does neither; these four of its
+    methods are put between an optimizer's own class and the TensorFlow one, so
+    that an optimizer which extends them itself (Nadam) still does.
+    """
+
+    _backend_update_step = _BaseOptimizer._backend_update_step
+    _apply_weight_decay = _BaseOptimizer._apply_weight_decay
+    _backend_increment_gradient_accumulators = (
+        _BaseOptimizer._backend_increment_gradient_accumulators
+    )
+    _overwrite_model_variables_with_average_value = (
+        _BaseOptimizer._overwrite_model_variables_with_average_value
+    )
+
+    # A per-replica variable takes no sparse update (an embedding's gradient), only
+    # the replica's own part of it does.
+
+    def assign(self, variable, value):
+        super().assign(_replica_part(variable, value), value)
+
+    def assign_add(self, variable, value):
+        super().assign_add(_replica_part(variable, value), value)
+
+    def assign_sub(self, variable, value):
+        super().assign_sub(_replica_part(variable, value), value)
+
+
+def _replica_part(variable, value):
+    context = tf.distribute.get_replica_context()
+    if not isinstance(value, tf.IndexedSlices) or context is None:
+        return variable
+    parts = context.strategy.experimental_local_results(getattr(variable, "value", variable))
+    return parts[int(tf.get_static_value(context.replica_id_in_sync_group)) % len(parts)]
+
+
+@functools.cache
+def _local_class(cls):
+    extra = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+    if issubclass(cls, keras.optimizers.LossScaleOptimizer):
+        # Its TensorFlow path asks all replicas whether gradients are finite; the
+        # common path asks only this one.
+        extra["_tf_apply"] = cls._common_apply
+    local = type(cls.__name__, (cls, _LocalUpdate), extra)
+    local._keras_class = cls
+    return local
+
+
+def make_local(optimizer):
+    """Makes a Keras optimizer update the variables of its own replica only, in place."""
+    cls = type(optimizer)
+    if not hasattr(cls, "_keras_class"):
+        optimizer.__class__ = _local_class(cls)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if not hasattr(optimizer.inner_optimizer, "sync_period"):
+            make_local(optimizer.inner_optimizer)
+
+
+def serialize_optimizer(optimizer):
+    """As `keras.optimizers.serialize`, under the class the user knows."""
+    local = type(optimizer)
+    optimizer.__class__ = getattr(local, "_keras_class", local)
+    try:
+        return keras.saving.serialize_keras_object(optimizer)
+    finally:
+        optimizer.__class__ = local
+
+
+def strategy_of(optimizer):
+    """The strategy whose scope the optimizer was made in."""
+    return optimizer._distribution_strategy
+
+
+def moving_averages(optimizer):
+    """The exponential moving averages of an optimizer with `use_ema`."""
+    return [v for v in optimizer._model_variables_moving_average if v is not None]
+
+
+def track_block_count(optimizer):
+    """Returns the base class's own counter, which a wrapper has no other use for."""
+    return optimizer._iterations
+
+
+# -- models -------------------------------------------------------------------------------
+
+
+def layers_of(model):
+    """All layers of a model, nested ones too."""
+    return model._flatten_layers()
+
+
+def statistics(model):
+    """State that layers change themselves while training (BatchNormalization's averages).
+
+    The weights of a frozen layer are non-trainable too, but do not change.
+    """
+    found = {
+        id(v): v
+        for layer in layers_of(model)
+        if layer.trainable
+        for v in layer._non_trainable_variables
+        if tf.as_dtype(v.dtype).is_floating
+    }
+    weights = {id(v) for v in model.non_trainable_weights}  # not metrics
+    return [v for key, v in found.items() if key in weights]
+
+
+def seed_generators(model):
+    """The seed generators of a model's layers (dropout, augmentation)."""
+    return [generator for layer in layers_of(model) for generator in layer._seed_generators]
+
+
+def build(model, element_spec):
+    """Builds model, metrics and optimizer from the spec of a batch, outside any trace."""
+
+    def shape_and_type(spec):
+        return None if isinstance(spec, tf.OptionalSpec) else spec
+
+    if not model.optimizer.built or not all(layer.built for layer in layers_of(model)):
+        model._symbolic_build(data_batch=keras.tree.map_structure(shape_and_type, element_spec))
+
+
+def none_for_optional(data):
+    """Keras passes a missing input (`None`) through tf.data as an empty Optional."""
+    return keras.tree.map_structure(
+        lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data
+    )
+
+
+# -- fit, evaluate and predict under a block strategy ----------------------------------------
+
+
+def _strategy_method(make):
+    """Replaces a method of Keras's trainer for models of a block strategy only."""
+    name = make.__name__
+    original = getattr(_Trainer, name)
+    if hasattr(original, "_tfbm_original"):
+        original = original._tfbm_original
+
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        if isinstance(self.distribute_strategy, BlockStrategy):
+            return make(self, original, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    method._tfbm_original = original
+    setattr(_Trainer, name, method)
+
+
+def install(make_test_function):
+    """Lets stock `fit`, `evaluate` and `predict` run under a block strategy.
+
+    There is no public place for it: `evaluate` may come before any callback of
+    ours. Keras's own functions put collectives into graph loops and into XLA,
+    where they fail under MultiWorkerMirroredStrategy, and synchronise every step.
+
+    Args:
+        make_test_function: called with a model, returns its `test_function`.
+    """
+
+    def _maybe_symbolic_build(self, original, *args, **kwargs):
+        with self.distribute_strategy.local_input():  # only shapes are wanted
+            return original(self, *args, **kwargs)
+
+    def make_test(self, original, force=False):
+        if self.test_function is None or force:
+            self.test_function = make_test_function(self)
+
+    make_test.__name__ = "make_test_function"
+
+    def make_predict_function(self, original, force=False):
+        with _without_jit(self):
+            return original(self, force=force)
+
+    def _get_metrics_result_or_logs(self, original, logs):
+        result = original(self, logs)
+        if result is logs:  # not metrics: what a train_step or test_step of the user's returned
+            return self.distribute_strategy.reduce("MEAN", logs)
+        return result
+
+    for replacement in (
+        _maybe_symbolic_build,
+        make_test,
+        make_predict_function,
+        _get_metrics_result_or_logs,
+    ):
+        _strategy_method(replacement)
+
+
+@contextlib.contextmanager
+def _without_jit(model):
+    # strategy.run lifts a jitted function out over all devices, which XLA refuses.
+    before, model._jit_compile = model._jit_compile, False
+    try:
+        yield
+    finally:
+        model._jit_compile = before

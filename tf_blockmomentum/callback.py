@@ -1,0 +1,207 @@
+"""BlockTraining: makes `model.fit` run in blocks."""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+from tf_blockmomentum import _keras
+from tf_blockmomentum.loop import BlockLoop, explaining_xla, make_local_steps, resolve_jit
+from tf_blockmomentum.optimizer import find
+
+
+class BlockTraining(keras.callbacks.Callback):
+    """Runs `model.fit` in blocks of local steps. Put it first in the list of callbacks.
+
+    It gives the model its training function for the length of fit. A block is cut
+    short at the end of an epoch, before validation, so that validation, checkpoints
+    and saved models are those of the anchor, the same on every replica.
+    BatchNormalization's moving statistics are averaged at every boundary. Replicas
+    draw different dropout masks.
+
+    Communication: one packed all-reduce per dtype at a boundary, and the metrics
+    at the end of an epoch. The logs of a batch (the progress bar's) are this
+    worker's own; the logs of an epoch are those of all examples of all workers.
+
+    Args:
+        jit_compile: True compiles every replica's step with XLA; False does not;
+            "auto" does where a GPU is present or the model was compiled with
+            `jit_compile=True`.
+
+    Raises:
+        ValueError: at the start of fit, if the model's optimizer is no BlockMomentum,
+            or XLA is asked for and a layer does not support it.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1)])
+    >>> model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=4), "mse")
+    >>> history = model.fit(np.ones([64, 4]), np.ones([64, 1]), batch_size=8, verbose=0,
+    ...                     callbacks=[tfbm.BlockTraining()])
+    >>> int(model.optimizer.blocks)
+    2
+    """
+
+    def __init__(self, jit_compile="auto"):
+        super().__init__()
+        resolve_jit(jit_compile)
+        self.jit_compile = jit_compile
+        self._loop = None
+        self._trained = None  # the model that _loop trains
+        self._begin = 0
+
+    # -- Keras calls these ----------------------------------------------------------------------
+
+    def set_model(self, model):
+        super().set_model(model)
+        block_momentum = find(model.optimizer)
+        if block_momentum is None:
+            raise ValueError(
+                "BlockTraining needs a model compiled with BlockMomentum. Received: optimizer="
+                f"{model.optimizer!r}. Wrap it: model.compile(optimizer=tfbm.BlockMomentum(...))."
+            )
+        strategy = _keras.strategy_of(block_momentum)
+        if model.distribute_strategy is not strategy:
+            raise ValueError(
+                "The model and its optimizer must be made in the same `strategy.scope()`. "
+                f"Received: a model of {type(model.distribute_strategy).__name__} and an "
+                f"optimizer of {type(strategy).__name__}. Build and compile inside the scope."
+            )
+        if self._trained is not model or model.train_function != self._not_fitting:
+            self._trained, self._loop = model, None  # new, or compiled anew
+        if block_momentum.built:
+            self._prepare()
+        model.train_function = self._train_function
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._begin = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.stop_training:
+            self._flush()
+
+    def on_test_begin(self, logs=None):
+        self._flush()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._flush()
+
+    def on_train_end(self, logs=None):
+        self.model.train_function = self._not_fitting
+
+    # -- the training function --------------------------------------------------------------------
+
+    def _train_function(self, iterator):
+        """What fit calls: `steps_per_execution` local steps, fewer at the end of an epoch."""
+        model = self.model
+        if self._loop is None:
+            _keras.build(model, iterator.element_spec)
+            self._prepare()
+        total = self.params["steps"]  # None: not known
+        steps = model.steps_per_execution
+        left = steps if total is None else total - self._begin
+        with _eagerly(model.run_eagerly):
+            return self._loop._run(
+                iterator,
+                min(steps, left),
+                last=total is not None and left <= steps,
+                peek=total is None,
+            )
+
+    def _prepare(self):
+        """Once model and optimizer are built."""
+        model, optimizer = self.model, find(self.model.optimizer)
+        if self._loop is None:
+            if model.optimizer is not optimizer:  # mixed_float16's LossScaleOptimizer
+                _keras.make_local(model.optimizer)
+            self._loop = BlockLoop(
+                model.train_step,
+                model.optimizer,
+                model.distribute_strategy,
+                averaged_variables=_keras.statistics(model),
+                jit_compile=model_jit(model, self.jit_compile),
+            )
+        if self._loop.position == 0:
+            optimizer.restart_block()
+        for generator in _keras.seed_generators(model):
+            give_replicas_different_seeds(generator, model.distribute_strategy)
+
+    def _flush(self):
+        if self._loop is not None:
+            self._loop.flush()
+
+    def _not_fitting(self, iterator):
+        raise RuntimeError(
+            "This model was compiled with BlockMomentum, so fit needs "
+            "callbacks=[tfbm.BlockTraining()]. Without it replicas would train without ever "
+            "being averaged. For stock training, compile with another optimizer."
+        )
+
+
+def make_test_function(model):
+    """What evaluate calls under a block strategy: steps without communication; the metrics
+    are reduced over the replicas when Keras reads them, once at the end."""
+    jit_compile = model_jit(model, "auto")
+    local_steps = make_local_steps(model.test_step, model.distribute_strategy, jit_compile)
+
+    def test_function(iterator):
+        with _eagerly(model.run_eagerly), explaining_xla(jit_compile):
+            taken, logs, _ = local_steps(iterator, model.steps_per_execution)
+        if not taken:
+            raise StopIteration
+        return logs
+
+    return test_function
+
+
+_keras.install(make_test_function)
+
+
+def model_jit(model, jit_compile):
+    """Whether to compile a model's steps with XLA; an error if its layers cannot be."""
+    unsupported = [layer.name for layer in _keras.layers_of(model) if not layer.supports_jit]
+    if jit_compile is True and unsupported:
+        raise ValueError(
+            "XLA cannot compile this model. Received: BlockTraining(jit_compile=True) and layers "
+            f"that do not support it: {', '.join(unsupported)}. Use jit_compile=False, or move "
+            "those layers into the tf.data pipeline."
+        )
+    if model.run_eagerly:
+        return False
+    if jit_compile == "auto":
+        return not unsupported and (bool(model.jit_compile) or resolve_jit("auto"))
+    return jit_compile
+
+
+def give_replicas_different_seeds(generator, strategy):
+    """Moves a seed generator's seed apart on each replica; replica 0 keeps its own.
+
+    Under tf.distribute all replicas start from one state and would drop the same units.
+    Weights loaded later bring one state for all again, so this is done before every fit.
+    """
+    states = strategy.experimental_local_results(generator.state.value)
+    ids = strategy.experimental_local_results(strategy.run(_replica_id))
+    seeds = [int(state.numpy()[0]) for state in states]
+    # 2654435769, odd and without pattern: seeds that a user numbered 1, 2, 3 stay apart.
+    offsets = [int(i) * 2654435769 for i in ids]
+    base = getattr(generator, "_tfbm_seed", None)
+    if base is not None and seeds == [(base + offset) % 2**32 for offset in offsets]:
+        return
+    generator._tfbm_seed = seeds[0]
+    for state, offset in zip(states, offsets, strict=True):
+        seed = tf.constant((seeds[0] + offset) % 2**32, state.dtype)
+        state.assign(tf.stack([seed, state[1]]))
+
+
+def _replica_id():
+    return tf.identity(tf.distribute.get_replica_context().replica_id_in_sync_group)
+
+
+@contextlib.contextmanager
+def _eagerly(run_eagerly):
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(before or run_eagerly)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)

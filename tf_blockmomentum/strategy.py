@@ -1,0 +1,227 @@
+"""Where variables live: one copy per replica, unsynchronised.
+
+A block strategy is TensorFlow's own strategy with two changes. Variables that
+would be mirrored are per-replica instead, so that a replica can train alone for
+a whole block. And what Keras reduces on its own account (the shape of a first
+batch, whether any worker has data left) can be answered locally, so that the
+only communication is at a block boundary.
+"""
+
+import contextlib
+import json
+import os
+
+import tensorflow as tf
+
+
+def _per_replica_creator(next_creator, **kwargs):
+    """Variable creator: what would be mirrored becomes per-replica.
+
+    `ON_READ` makes an assignment inside a step local to its replica. With
+    `ONLY_FIRST_REPLICA` a read outside a step takes this worker's first replica
+    and never communicates, so the chief can save alone. Variables that asked for
+    a synchronisation of their own (metrics: `ON_READ` and `SUM`) keep it.
+    """
+    if kwargs.get("synchronization") in (None, tf.VariableSynchronization.AUTO):
+        kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
+        if kwargs.get("aggregation") != tf.VariableAggregation.SUM:
+            kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        if kwargs.get("trainable") is None:  # ON_READ alone would mean False
+            kwargs["trainable"] = True
+    return next_creator(**kwargs)
+
+
+class BlockStrategy(tf.distribute.Strategy):
+    """What the two public strategies share (not to be instantiated)."""
+
+    _answers_locally = False
+
+    @contextlib.contextmanager
+    def scope(self):
+        """Enters the strategy: variables made inside are per replica."""
+        with super().scope(), tf.variable_creator_scope(_per_replica_creator):
+            yield
+
+    @contextlib.contextmanager
+    def local_input(self):
+        """Inside, `reduce` answers from this worker alone, without communication.
+
+        TensorFlow's distributed iterator asks all workers before every batch
+        whether any has data left, and Keras averages a whole batch over the
+        workers to learn its shape; both go through `reduce`.
+        """
+        before, self._answers_locally = self._answers_locally, True
+        try:
+            yield
+        finally:
+            self._answers_locally = before
+
+    def reduce(self, reduce_op, value, axis=None):
+        """Reduces a value, or a structure of values, over all replicas.
+
+        As `tf.distribute.Strategy.reduce`, which takes neither structures nor
+        an `axis` for scalars under `MultiWorkerMirroredStrategy`; Keras passes
+        both (keras issue 20585).
+        """
+        if self._answers_locally:
+            return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
+
+        def reduce_one(v):
+            scalar = tf.convert_to_tensor(self.experimental_local_results(v)[0]).shape.rank == 0
+            return super(BlockStrategy, self).reduce(reduce_op, v, axis=None if scalar else axis)
+
+        return tf.nest.map_structure(reduce_one, value)
+
+    def experimental_distribute_dataset(self, dataset, options=None):
+        """Shards and rebatches `dataset`, which is batched by the global batch.
+
+        Raises:
+            ValueError: the batch size does not divide by the number of replicas.
+        """
+        size = int(
+            tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
+        )
+        replicas = self.num_replicas_in_sync
+        if size > 0 and size % replicas:  # -1: TensorFlow cannot tell
+            raise ValueError(
+                f"The global batch must divide by the number of replicas. Received: a dataset "
+                f"with batches of {size} for {replicas} replicas. Use a multiple of {replicas}, "
+                f"such as batch_size={replicas * -(-size // replicas)}; each replica then gets "
+                f"{-(-size // replicas)} examples a step."
+            )
+        return super().experimental_distribute_dataset(dataset, options)
+
+
+class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredStrategy):
+    """`tf.distribute.MultiWorkerMirroredStrategy` for block training.
+
+    Every worker process creates one, before any other TensorFlow operation, and
+    builds and compiles its model inside `scope()`. The cluster comes from the
+    `TF_CONFIG` environment variable (`tfbm-launch` sets it); without it, the
+    devices of this process are the replicas.
+
+    Variables are per replica: an assignment inside a step stays in its replica,
+    and a read outside a step sees this worker's first replica, without
+    communication. Initial values are equal on all replicas (the chief's). Batches
+    are global, as always with `tf.distribute`: each of P replicas takes 1/P.
+
+    Use it with `BlockMomentum` and `BlockTraining`. Stock training that expects
+    gradients to be summed at every step does not get that here: for synchronous
+    SGD use `BlockMomentum(..., sync_period=1, block_momentum=0)`.
+
+    Args:
+        cluster_resolver: as in TensorFlow; default: `TF_CONFIG`.
+        communication_options: as in TensorFlow.
+
+    Raises:
+        ValueError: `TF_CONFIG` is not a usable cluster description.
+        RuntimeError: TensorFlow has already run an operation in this process.
+    """
+
+    def __init__(self, cluster_resolver=None, communication_options=None):
+        if cluster_resolver is None:
+            _check_tf_config(os.environ.get("TF_CONFIG"))
+        try:
+            super().__init__(
+                cluster_resolver=cluster_resolver, communication_options=communication_options
+            )
+        except RuntimeError as error:
+            if "program startup" not in str(error):
+                raise
+            raise RuntimeError(
+                "MultiWorkerBlockStrategy() must come before any other TensorFlow operation: "
+                "this process has already run one (a tensor, a variable, a random seed's draw, "
+                "a dataset or a model). Move the strategy's line to the top of the script, "
+                "right after the imports."
+            ) from error
+
+
+class MultiDeviceBlockStrategy(BlockStrategy, tf.distribute.MirroredStrategy):
+    """`tf.distribute.MirroredStrategy` for block training: several devices, one process.
+
+    Variables are per replica, as in `MultiWorkerBlockStrategy`.
+
+    Args:
+        devices: list of device names such as `["GPU:0", "GPU:1"]`; default: all
+            GPUs, or the CPU.
+        cross_device_ops: as in TensorFlow.
+
+    Example:
+
+    >>> strategy = tfbm.MultiDeviceBlockStrategy(["CPU:0"])
+    >>> strategy.num_replicas_in_sync
+    1
+    """
+
+
+def sum_over_replicas(tensors):
+    """Sums each tensor over all replicas, in replica context: one all-reduce per dtype.
+
+    Tensors are packed into one flat buffer per dtype and so travel in one message
+    instead of one per variable. bfloat16, which CPU collectives do not accept,
+    travels as float32. Adds one packed copy of `tensors` to memory while it runs.
+
+    Args:
+        tensors: list of floating point tensors, of the same shapes on every replica.
+
+    Returns:
+        List of the sums, of the same shapes and dtypes.
+    """
+    context = tf.distribute.get_replica_context()
+    packs = {}
+    for i, tensor in enumerate(tensors):
+        wire = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
+        packs.setdefault(wire, []).append(i)
+    sums = list(tensors)
+    for wire, members in packs.items():
+        flat = tf.concat([tf.reshape(tf.cast(tensors[i], wire), [-1]) for i in members], axis=0)
+        total = context.all_reduce(tf.distribute.ReduceOp.SUM, flat)
+        parts = tf.split(total, [tensors[i].shape.num_elements() for i in members])
+        for i, part in zip(members, parts, strict=True):
+            sums[i] = tf.cast(tf.reshape(part, tensors[i].shape), tensors[i].dtype)
+    return sums
+
+
+def _check_tf_config(text):
+    """Raises ValueError, with the remedy, for a `TF_CONFIG` TensorFlow would trip over."""
+    if not text:
+        return
+    example = (
+        '{"cluster": {"worker": ["host1:port", "host2:port"]}, '
+        '"task": {"type": "worker", "index": 0}}'
+    )
+
+    def bad(problem):
+        return ValueError(
+            f"TF_CONFIG is not usable: {problem}. Received: TF_CONFIG={text!r}. "
+            f"Expected something like {example}. "
+            f"`python -m tf_blockmomentum.launch` sets it for every worker."
+        )
+
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise bad(f"it is not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise bad("it is not a JSON object")
+    if not config:
+        return
+    cluster, task = config.get("cluster"), config.get("task")
+    if not isinstance(cluster, dict) or not cluster:
+        raise bad("it has no `cluster`")
+    for kind, addresses in cluster.items():
+        if kind not in ("chief", "worker", "evaluator"):
+            raise bad(f"block training knows the tasks chief and worker, not {kind!r}")
+        if not isinstance(addresses, list) or not all(
+            isinstance(address, str) and address.rpartition(":")[2].isdigit()
+            for address in addresses
+        ):
+            raise bad(f'`cluster[{kind!r}]` is not a list of "host:port"')
+        if len(set(addresses)) != len(addresses):
+            raise bad(f"`cluster[{kind!r}]` names an address twice")
+    if not isinstance(task, dict) or task.get("type") not in cluster:
+        raise bad(f"`task.type` is none of {sorted(cluster)}")
+    index = task.get("index")
+    if not isinstance(index, int) or not 0 <= index < len(cluster[task["type"]]):
+        count = len(cluster[task["type"]])
+        raise bad(f"`task.index` is not a whole number from 0 to {count - 1}")
