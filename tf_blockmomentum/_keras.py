@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -17,7 +18,7 @@ _BaseOptimizer = next(
 # -- optimizers ---------------------------------------------------------------------------
 
 
-class _LocalUpdate(keras.optimizers.Optimizer):
+class LocalUpdate(keras.optimizers.Optimizer):
     """Keeps an optimizer's update inside its replica.
 
     Keras's TensorFlow optimizers sum gradients over the replicas and enter
@@ -57,25 +58,23 @@ def _replica_part(variable, value):
 
 
 @functools.cache
-def _local_class(cls):
-    extra = {"__doc__": cls.__doc__, "__module__": cls.__module__}
+def _local_class(cls: Any) -> Any:
+    extra = {"__doc__": cls.__doc__, "__module__": cls.__module__, "_keras_class": cls}
     if issubclass(cls, keras.optimizers.LossScaleOptimizer):
         # Its TensorFlow path asks all replicas whether gradients are finite; the
         # common path asks only this one.
         extra["_tf_apply"] = cls._common_apply
-    local = type(cls.__name__, (cls, _LocalUpdate), extra)
-    local._keras_class = cls
-    return local
+    return type(cls.__name__, (cls, LocalUpdate), extra)
 
 
-def make_local(optimizer):
+def make_local(optimizer: Any) -> None:
     """Makes a Keras optimizer update the variables of its own replica only, in place."""
-    cls = type(optimizer)
-    if not hasattr(cls, "_keras_class"):
+    if not isinstance(optimizer, LocalUpdate):
+        cls: Any = type(optimizer)
         optimizer.__class__ = _local_class(cls)
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        if not hasattr(optimizer.inner_optimizer, "sync_period"):
-            make_local(optimizer.inner_optimizer)
+    inner = getattr(optimizer, "inner_optimizer", None)  # of a LossScaleOptimizer
+    if inner is not None:
+        make_local(inner)
 
 
 def serialize_optimizer(optimizer):
@@ -165,7 +164,7 @@ def _strategy_method(make):
             return make(self, original, *args, **kwargs)
         return original(self, *args, **kwargs)
 
-    method._tfbm_original = original
+    method._tfbm_original = original  # type: ignore[attr-defined]
     setattr(_Trainer, name, method)
 
 

@@ -46,8 +46,8 @@ class BlockTraining(keras.callbacks.Callback):
         super().__init__()
         resolve_jit(jit_compile)
         self.jit_compile = jit_compile
-        self._loop = None
-        self._trained = None  # the model that _loop trains
+        self._loop: BlockLoop | None = None
+        self._trained: keras.Model = None  # the model that _loop trains
         self._begin = 0
 
     # -- Keras calls these ----------------------------------------------------------------------
@@ -87,7 +87,7 @@ class BlockTraining(keras.callbacks.Callback):
         self._flush()
 
     def on_train_end(self, logs=None):
-        self.model.train_function = self._not_fitting
+        self._trained.train_function = self._not_fitting
 
     # -- the training function --------------------------------------------------------------------
 
@@ -97,6 +97,7 @@ class BlockTraining(keras.callbacks.Callback):
         if self._loop is None:
             _keras.build(model, iterator.element_spec)
             self._prepare()
+        assert self._loop is not None
         total = self.params["steps"]  # None: not known
         steps = model.steps_per_execution
         left = steps if total is None else total - self._begin

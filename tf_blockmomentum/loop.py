@@ -126,6 +126,8 @@ class BlockLoop:
                 "The optimizer must be built before the first step. Call "
                 "optimizer.build(model.trainable_variables), inside strategy.scope()."
             )
+        if steps < 1:
+            raise ValueError(f"`steps` must be at least 1. Received: steps={steps!r}.")
         if iterator is self._finished:
             raise StopIteration
         logs, remaining = None, steps
@@ -149,7 +151,7 @@ class BlockLoop:
             if ended:
                 self._finished = iterator if taken < wanted or not last else None
                 break
-        if logs is None:
+        if remaining == steps:
             raise StopIteration
         return logs
 

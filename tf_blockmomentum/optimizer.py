@@ -14,7 +14,7 @@ _NO_STRATEGY = tf.distribute.get_strategy()
 
 
 @keras.saving.register_keras_serializable(package="tf_blockmomentum")
-class BlockMomentum(keras.optimizers.Optimizer):
+class BlockMomentum(_keras.LocalUpdate):
     r"""Wraps a Keras optimizer for local training in blocks with block momentum (M-AVG).
 
     Every replica $j$ of $P$ takes $K$ steps of its own `inner_optimizer` on its own

@@ -168,7 +168,7 @@ def sum_over_replicas(tensors):
         List of the sums, of the same shapes and dtypes.
     """
     context = tf.distribute.get_replica_context()
-    packs = {}
+    packs: dict = {}
     for i, tensor in enumerate(tensors):
         wire = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
         packs.setdefault(wire, []).append(i)

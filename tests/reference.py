@@ -1,0 +1,62 @@
+"""An independent M-AVG in NumPy, written from the paper's loops."""
+
+import numpy as np
+
+
+def softmax_gradients(weights, x, y):
+    """Mean cross-entropy of a linear softmax classifier, and its gradients."""
+    kernel, bias = weights
+    logits = x @ kernel + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    loss = -np.log(p[np.arange(len(y)), y]).mean()
+    p[np.arange(len(y)), y] -= 1
+    p /= len(y)
+    return loss, [x.T @ p, p.sum(0)]
+
+
+def m_avg(
+    weights,
+    batches,
+    gradients,
+    learning_rate,
+    sync_period,
+    block_momentum,
+    block_learning_rate=1.0,
+    nesterov=False,
+    inner_momentum=0.0,
+    epoch_steps=None,
+):
+    """Runs M-AVG over `batches[step][replica] = (x, y)` in float64.
+
+    Returns the weights at every boundary, and the replicas' weights just before each. A
+    block also ends where an epoch of `epoch_steps` does.
+    """
+    replicas = len(batches[0])
+    anchor = [np.asarray(w, np.float64) for w in weights]
+    velocity = [np.zeros_like(w) for w in anchor]
+    local = [[w.copy() for w in anchor] for _ in range(replicas)]
+    inner = [[np.zeros_like(w) for w in anchor] for _ in range(replicas)]
+    boundaries, before = [], []
+    position = 0
+    for step, shares in enumerate(batches):
+        for j, (x, y) in enumerate(shares):
+            _, grads = gradients(local[j], x, y)
+            for i, g in enumerate(grads):
+                inner[j][i] = inner_momentum * inner[j][i] - learning_rate * g
+                local[j][i] = local[j][i] + inner[j][i]
+        position += 1
+        last = step + 1 == len(batches) or (epoch_steps and (step + 1) % epoch_steps == 0)
+        if position == sync_period or last:
+            before.append([[w.copy() for w in replica] for replica in local])
+            for i in range(len(anchor)):
+                delta = np.mean([local[j][i] for j in range(replicas)], axis=0) - anchor[i]
+                velocity[i] = block_momentum * velocity[i] + block_learning_rate * delta
+                step_by = velocity[i]
+                if nesterov:
+                    step_by = block_momentum * velocity[i] + block_learning_rate * delta
+                anchor[i] = anchor[i] + step_by
+            local = [[w.copy() for w in anchor] for _ in range(replicas)]
+            boundaries.append([w.copy() for w in anchor])
+            position = 0
+    return boundaries, before
