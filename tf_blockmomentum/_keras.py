@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import inspect
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum.strategy import BlockStrategy
+from tf_blockmomentum.strategy import BlockStrategy, check_global_batch
 
 _Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
 _BaseOptimizer = next(
@@ -179,6 +180,12 @@ def install(make_test_function):
         make_test_function: called with a model, returns its `test_function`.
     """
 
+    def fit(self, original, *args, **kwargs):
+        # tf.data cannot tell the batch size of the dataset that Keras makes of arrays.
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        check_global_batch(given.get("batch_size"), self.distribute_strategy)
+        return original(self, *args, **kwargs)
+
     def _maybe_symbolic_build(self, original, *args, **kwargs):
         with self.distribute_strategy.local_input():  # only shapes are wanted
             return original(self, *args, **kwargs)
@@ -200,6 +207,7 @@ def install(make_test_function):
         return result
 
     for replacement in (
+        fit,
         _maybe_symbolic_build,
         make_test,
         make_predict_function,

@@ -47,7 +47,6 @@ class BlockTraining(keras.callbacks.Callback):
         resolve_jit(jit_compile)
         self.jit_compile = jit_compile
         self._loop: BlockLoop | None = None
-        self._trained: keras.Model = None  # the model that _loop trains
         self._begin = 0
 
     # -- Keras calls these ----------------------------------------------------------------------
@@ -60,15 +59,13 @@ class BlockTraining(keras.callbacks.Callback):
                 "BlockTraining needs a model compiled with BlockMomentum. Received: optimizer="
                 f"{model.optimizer!r}. Wrap it: model.compile(optimizer=tfbm.BlockMomentum(...))."
             )
-        strategy = _keras.strategy_of(block_momentum)
-        if model.distribute_strategy is not strategy:
-            raise ValueError(
-                "The model and its optimizer must be made in the same `strategy.scope()`. "
-                f"Received: a model of {type(model.distribute_strategy).__name__} and an "
-                f"optimizer of {type(strategy).__name__}. Build and compile inside the scope."
-            )
-        if self._trained is not model or model.train_function != self._not_fitting:
-            self._trained, self._loop = model, None  # new, or compiled anew
+        block_momentum.check_same_scope("model", model.distribute_strategy)
+        # A fit leaves its callback's `_not_fitting` on the model; compile takes it away.
+        earlier = getattr(model.train_function, "__self__", None)
+        if isinstance(earlier, BlockTraining) and earlier.jit_compile == self.jit_compile:
+            self._loop = earlier._loop  # compiled already
+        else:
+            self._loop = None
         if block_momentum.built:
             self._prepare()
         model.train_function = self._train_function
@@ -87,7 +84,7 @@ class BlockTraining(keras.callbacks.Callback):
         self._flush()
 
     def on_train_end(self, logs=None):
-        self._trained.train_function = self._not_fitting
+        self.model.train_function = self._not_fitting
 
     # -- the training function --------------------------------------------------------------------
 

@@ -1,11 +1,12 @@
 """BlockLoop: compiled local steps, and the boundary that ends a block."""
 
 import contextlib
+import numbers
 
 import tensorflow as tf
 
 from tf_blockmomentum import _keras
-from tf_blockmomentum.optimizer import check_strategy, find
+from tf_blockmomentum.optimizer import check_number, check_strategy, find
 from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas
 
 
@@ -126,8 +127,7 @@ class BlockLoop:
                 "The optimizer must be built before the first step. Call "
                 "optimizer.build(model.trainable_variables), inside strategy.scope()."
             )
-        if steps < 1:
-            raise ValueError(f"`steps` must be at least 1. Received: steps={steps!r}.")
+        check_number("steps", steps, numbers.Integral, "a whole number of at least 1", 1)
         if iterator is self._finished:
             raise StopIteration
         logs, remaining = None, steps
@@ -180,12 +180,15 @@ class BlockLoop:
 
         def mean(tensors):
             nonlocal counts
-            header = [tf.cast(flag, tensors[0].dtype) for flag in (took_steps, ended)]
+            # Counts in a dtype that is on the wire anyway; bfloat16 counts to 256 only.
+            wire = tensors[0].dtype if tensors else tf.float32
+            wire = tf.float32 if wire == tf.bfloat16 else wire
+            header = [tf.cast(flag, wire) for flag in (took_steps, ended)]
             # Not by multiplying: a replica that is left out may hold anything.
             sent = [tf.where(took_steps, t, tf.zeros_like(t)) for t in tensors]
             *sums, active, counts = sum_over_replicas([*sent, *header])
             share = tf.math.reciprocal(tf.maximum(active, 1))
-            return [total * tf.cast(share, total.dtype) for total in sums]
+            return [total * tf.cast(share, total.dtype) for total in sums], active > 0
 
         optimizer.end_block(mean, self._averaged)
         return counts
@@ -225,7 +228,7 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
 
         some = _has_examples(data)
         if some is True:
-            return take(), True
+            return take(), tf.constant(True)
         if tf.executing_eagerly():
             return (take() if some else skip()), some
         return tf.cond(some, take, skip), some
@@ -285,6 +288,10 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
         return loop(iterator, count, first, peek)
 
     def local_steps(iterator, count, first=None, peek=False):
+        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+            # test_on_batch: the batch is this worker's, and each of its replicas takes it.
+            outputs, _ = one_step(next(iterator))
+            return 1, outputs, None
         count = tf.constant(count)
         if first is None:
             taken, outputs, following = from_iterator(iterator, count, peek)

@@ -104,38 +104,16 @@ class BlockMomentum(_keras.LocalUpdate):
                 "BlockMomentum cannot wrap a BlockMomentum. Received: inner_optimizer="
                 f"{inner_optimizer.name!r}. Wrap the optimizer inside it instead."
             )
-        _check_number(
-            "sync_period",
-            sync_period,
-            numbers.Integral,
-            "a whole number of at least 1",
-            lambda k: k >= 1,
-        )
-        _check_number(
-            "block_momentum",
-            block_momentum,
-            numbers.Real,
-            "a number from 0 up to, but not including, 1",
-            lambda beta: 0 <= beta < 1,
-        )
-        _check_number(
-            "block_learning_rate",
-            block_learning_rate,
-            numbers.Real,
-            "a number of at least 0",
-            lambda zeta: 0 <= zeta < float("inf"),
-        )
+        whole, number = numbers.Integral, numbers.Real
+        check_number("sync_period", sync_period, whole, "a whole number of at least 1", 1)
+        expected = "a number from 0 up to, but not including, 1"
+        check_number("block_momentum", block_momentum, number, expected, 0, 1)
+        expected = "a number of at least 0"
+        check_number("block_learning_rate", block_learning_rate, number, expected, 0)
         # A callable keeps the base class from making a learning rate variable of its own.
         super().__init__(learning_rate=lambda: inner_optimizer.learning_rate, name=name)
-        strategy = _keras.strategy_of(inner_optimizer)
-        check_strategy(strategy)
-        if strategy is not _keras.strategy_of(self):
-            raise ValueError(
-                "The inner optimizer and BlockMomentum must be made in the same "
-                "`strategy.scope()`. Received: an inner optimizer made under "
-                f"{type(strategy).__name__} inside a BlockMomentum made under "
-                f"{type(_keras.strategy_of(self)).__name__}. Make both inside the scope."
-            )
+        check_strategy(_keras.strategy_of(inner_optimizer))
+        self.check_same_scope("inner optimizer", _keras.strategy_of(inner_optimizer))
         self.inner_optimizer = inner_optimizer
         self.sync_period = int(sync_period)
         self.block_momentum = float(block_momentum)
@@ -181,21 +159,27 @@ class BlockMomentum(_keras.LocalUpdate):
         Called by `BlockLoop` in replica context.
 
         Args:
-            mean: a function from a list of tensors to their means over the replicas.
+            mean: a function from a list of tensors to their means over the replicas, and
+                whether any replica took a step: without one this is no block.
             averaged_variables: variables to be replaced by their means (statistics).
         """
         weights, anchors = self._trainable_variables, self._anchors
         deltas = [ops.subtract(w, anchor) for w, anchor in zip(weights, anchors, strict=True)]
-        means = mean([*deltas, *(ops.convert_to_tensor(v) for v in averaged_variables)])
+        statistics = [ops.convert_to_tensor(v) for v in averaged_variables]
+        means, any_steps = mean([*deltas, *statistics])
         d, statistics = means[: len(deltas)], means[len(deltas) :]
-        self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
-        for w, anchor in zip(weights, anchors, strict=True):
-            if w.constraint is not None:
-                anchor.assign(w.constraint(anchor))
-            w.assign(anchor)
-        for v, value in zip(averaged_variables, statistics, strict=True):
-            v.assign(value)
-        self._blocks.assign_add(1)
+
+        def outer_step():
+            self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
+            for w, anchor in zip(weights, anchors, strict=True):
+                if w.constraint is not None:
+                    anchor.assign(w.constraint(anchor))
+                w.assign(anchor)
+            for v, value in zip(averaged_variables, statistics, strict=True):
+                v.assign(value)
+            self._blocks.assign_add(1)
+
+        tf.cond(any_steps, outer_step, lambda: None)
 
     def restart_block(self):
         """Takes the present weights for the anchor, on every replica of this worker: they
@@ -203,6 +187,17 @@ class BlockMomentum(_keras.LocalUpdate):
         for w, anchor in zip(self._trainable_variables, self._anchors, strict=True):
             anchor.assign(w)
             w.assign(anchor)
+
+    def check_same_scope(self, what, strategy):
+        """Raises ValueError unless `what`, of this strategy, has the same one as this."""
+        own = _keras.strategy_of(self)
+        if strategy is not own:
+            raise ValueError(
+                f"The {what} and BlockMomentum must be made in the same `strategy.scope()`. "
+                f"Received: the {what} made under {type(strategy).__name__}, BlockMomentum under "
+                f"{type(own).__name__}. Build and compile the model inside the scope, with both "
+                f"optimizers made there."
+            )
 
     @contextlib.contextmanager
     def local_step(self):
@@ -225,6 +220,8 @@ class BlockMomentum(_keras.LocalUpdate):
                 "anchor starts as a copy of the weights. Call "
                 "optimizer.build(model.trainable_variables) first."
             )
+        if tf.distribute.has_strategy():
+            self.check_same_scope("model", tf.distribute.get_strategy())
         with _keras.strategy_of(self).scope():
             super().build(variables)
             self._anchors = self.add_optimizer_variables(variables, "anchor")
@@ -325,6 +322,7 @@ def check_strategy(strategy):
     )
 
 
-def _check_number(name, value, kind, expected, valid):
-    if isinstance(value, bool) or not isinstance(value, kind) or not valid(value):
+def check_number(name, value, kind, expected, least, below=float("inf")):
+    """Raises ValueError unless `value` is of `kind` and `least <= value < below`."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")

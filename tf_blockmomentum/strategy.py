@@ -81,14 +81,7 @@ class BlockStrategy(tf.distribute.Strategy):
         size = int(
             tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
         )
-        replicas = self.num_replicas_in_sync
-        if size > 0 and size % replicas:  # -1: TensorFlow cannot tell
-            raise ValueError(
-                f"The global batch must divide by the number of replicas. Received: a dataset "
-                f"with batches of {size} for {replicas} replicas. Use a multiple of {replicas}, "
-                f"such as batch_size={replicas * -(-size // replicas)}; each replica then gets "
-                f"{-(-size // replicas)} examples a step."
-            )
+        check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
         return super().experimental_distribute_dataset(dataset, options)
 
 
@@ -105,9 +98,10 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
     communication. Initial values are equal on all replicas (the chief's). Batches
     are global, as always with `tf.distribute`: each of P replicas takes 1/P.
 
-    Use it with `BlockMomentum` and `BlockTraining`. Stock training that expects
-    gradients to be summed at every step does not get that here: for synchronous
-    SGD use `BlockMomentum(..., sync_period=1, block_momentum=0)`.
+    Use it with `BlockMomentum` and `BlockTraining`. With an optimizer of Keras's own,
+    `fit` trains synchronously, as it would under TensorFlow's strategy if it ran
+    there: gradients are summed over all replicas at every step (statistics such as
+    BatchNormalization's are then each replica's own).
 
     Args:
         cluster_resolver: as in TensorFlow; default: `TF_CONFIG`.
@@ -180,6 +174,18 @@ def sum_over_replicas(tensors):
         for i, part in zip(members, parts, strict=True):
             sums[i] = tf.cast(tf.reshape(part, tensors[i].shape), tensors[i].dtype)
     return sums
+
+
+def check_global_batch(size, strategy):
+    """Raises ValueError unless the replicas can share out batches of `size` (None: unknown)."""
+    replicas = strategy.num_replicas_in_sync
+    if size and size % replicas:
+        share = -(-size // replicas)
+        raise ValueError(
+            f"The global batch must divide by the number of replicas. Received: batches of "
+            f"{size} for {replicas} replicas. Use a multiple of {replicas}, such as "
+            f"batch_size={replicas * share}; each replica then gets {share} examples a step."
+        )
 
 
 def _check_tf_config(text):

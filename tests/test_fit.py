@@ -1,0 +1,308 @@
+"""model.fit, evaluate and predict: everything a Keras user does, in blocks."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import (
+    Counter,
+    classifier,
+    crossentropy,
+    dataset,
+    examples,
+    replica_values,
+    scope,
+    unknown_length,
+)
+
+import tf_blockmomentum as tfbm
+
+
+def compiled(strategy, model=None, sync_period=4, inner=None, **settings):
+    with scope(strategy):
+        keras.utils.set_random_seed(0)
+        model = model() if model else classifier()
+        optimizer = tfbm.BlockMomentum(
+            inner() if inner else keras.optimizers.SGD(0.1), sync_period
+        )
+        settings = {"loss": crossentropy(), "metrics": ["accuracy"], **settings}
+        model.compile(optimizer, **settings)
+    return model
+
+
+def fit(model, *data, **settings):
+    callbacks = [tfbm.BlockTraining(), *settings.pop("callbacks", [])]
+    return model.fit(*data, verbose=0, callbacks=callbacks, **settings).history
+
+
+# 96 examples in batches of 16: 6 steps an epoch.
+@pytest.mark.parametrize("known", [True, False], ids=["known_length", "unknown_length"])
+@pytest.mark.parametrize(
+    ("sync_period", "blocks"), [(1, [6, 12]), (3, [2, 4]), (4, [2, 4]), (50, [1, 2])]
+)
+def test_steps_per_execution_changes_nothing(strategy_of, sync_period, blocks, known):
+    """Whether it divides K or not: same weights, same blocks; validation sees the anchor."""
+    x, y = examples()
+    results = []
+    for steps_per_execution in (1, 4):
+        model = compiled(strategy_of(2), sync_period=sync_period,
+                         steps_per_execution=steps_per_execution)  # fmt: skip
+        counter = Counter()
+        data = dataset(x, y) if known else unknown_length(dataset(x, y))
+        history = fit(model, data, epochs=2, validation_data=dataset(x, y), callbacks=[counter])
+        assert counter.blocks_at_validation == counter.blocks_at_epoch_end == blocks
+        assert counter.batches == 12 // steps_per_execution + (steps_per_execution == 4)
+        results.append((model.get_weights(), history))
+    for a, b in zip(results[0][0], results[1][0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for name, values in results[0][1].items():
+        np.testing.assert_allclose(values, results[1][1][name], rtol=1e-5)
+    assert results[0][1]["val_loss"][1] < results[0][1]["val_loss"][0]
+
+
+def test_validation_sees_the_anchor_on_every_replica(strategy_of):
+    """In mid-block weights differ; when validation begins they are equal on all replicas."""
+    x, y = examples()
+    seen = {"train": [], "test": []}
+
+    class Spread(keras.callbacks.Callback):
+        def spread(self):
+            a, b = replica_values(self.model.trainable_variables[0])
+            return float(np.abs(a - b).max())
+
+        def on_train_batch_end(self, batch, logs=None):
+            seen["train"].append(self.spread())
+
+        def on_test_begin(self, logs=None):
+            seen["test"].append(self.spread())
+
+    model = compiled(strategy_of(2))
+    fit(model, dataset(x, y), validation_data=dataset(x, y), callbacks=[Spread()])
+    assert [s > 0 for s in seen["train"]] == [True, True, True, False, True, False]
+    assert seen["test"] == [0.0]
+
+
+def test_epoch_logs_are_exact_global_metrics(strategy_of):
+    """With a learning rate of 0 an epoch's logs are an evaluation of the data, in which
+    96 - 3 = 93 examples leave a last batch that the replicas share unevenly."""
+    x, y = (part[:93] for part in examples())
+    with strategy_of(2).scope():
+        model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
+        optimizer = tfbm.BlockMomentum(keras.optimizers.SGD(0.0), sync_period=4)
+        model.compile(optimizer, crossentropy(), metrics=["accuracy"])
+    logs = np.asarray(model.predict(x, verbose=0))
+    want = {
+        "accuracy": np.mean(logs.argmax(1) == y),
+        "loss": float(crossentropy()(y, logs)),
+    }
+    history = fit(model, x, y, batch_size=16, validation_data=(x, y))
+    for name, value in want.items():
+        assert history["val_" + name][0] == pytest.approx(value, rel=1e-5)
+        assert history[name][0] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_last_batch_smaller_than_the_replicas(strategy_of):
+    """65 = 4 * 16 + 1 examples: the other replica has no example in the last step."""
+    x, y = (part[:65] for part in examples())
+    model = compiled(strategy_of(2), sync_period=5)
+    history = fit(model, x, y, batch_size=16, epochs=2, shuffle=False)
+    assert model.optimizer.blocks == 2
+    assert np.isfinite(history["loss"]).all()
+    for weight in model.trainable_variables:
+        assert np.array_equal(*replica_values(weight))
+    assert np.isfinite(model.evaluate(x, y, batch_size=16, verbose=0)).all()
+    assert model.predict(x, batch_size=16, verbose=0).shape == (65, 3)
+
+
+def test_nothing_is_traced_after_the_first_block(strategy_of):
+    traces = []
+
+    class Traced(keras.Sequential):
+        def train_step(self, data):
+            traces.append("train")
+            return super().train_step(data)
+
+        def test_step(self, data):
+            traces.append("test")
+            return super().test_step(data)
+
+    x, y = examples()
+    layers = [keras.Input([6]), keras.layers.Dense(3)]
+    model = compiled(strategy_of(2), lambda: Traced(layers), steps_per_execution=3)
+    boundaries = []
+
+    class AfterFirstBlock(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            boundaries.append((self.model.optimizer.blocks, traces.count("train")))
+
+    data = {"x": x, "y": y, "batch_size": 16, "epochs": 2, "validation_data": (x, y)}
+    fit(model, **data, callbacks=[AfterFirstBlock()])
+    assert boundaries[-1][0] == 4
+    assert boundaries[0][1] == boundaries[-1][1]
+    count = len(traces)
+    assert count > 0
+    fit(model, **data)  # nor in a second fit, with a callback of its own
+    assert len(traces) == count
+    assert model.optimizer.blocks == 8
+    model.compile(model.optimizer, crossentropy())
+    fit(model, x, y, batch_size=16)
+    assert len(traces) > count
+
+
+def test_own_train_step_weights_and_several_inputs(strategy_of):
+    """A custom train_step; two inputs, two outputs; sample and class weights."""
+
+    class Own(keras.Model):
+        def train_step(self, data):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True), sample_weight)
+            self.optimizer.apply(tape.gradient(loss, self.trainable_weights),
+                                 self.trainable_weights)  # fmt: skip
+            return {"own_loss": loss}
+
+    def build(cls):
+        a, b = keras.Input([4], name="a"), keras.Input([2], name="b")
+        h = keras.layers.Dense(8, activation="relu")(keras.layers.Concatenate()([a, b]))
+        outputs = {
+            "p": keras.layers.Dense(3, name="p")(h),
+            "q": keras.layers.Dense(1, name="q")(h),
+        }
+        return cls([a, b], outputs)
+
+    x, y = examples()
+    inputs = {"a": x[:, :4], "b": x[:, 4:]}
+    targets = {"p": y, "q": x[:, :1]}
+    weights = np.linspace(0, 2, len(x)).astype("float32")
+    results = []
+    for cls in (keras.Model, Own):
+        model = compiled(
+            strategy_of(2), lambda c=cls: build(c), loss={"p": crossentropy(), "q": "mse"},
+            metrics=None,
+        )  # fmt: skip
+        history = fit(model, inputs, targets, sample_weight={"p": weights, "q": weights},
+                      batch_size=16, shuffle=False)  # fmt: skip
+        results.append(model.get_weights())
+    assert list(history) == ["own_loss"]
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+    # A class weight is that sample weight.
+    results = []
+    for how in ({"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}},
+                {"sample_weight": np.array([1.0, 3.0, 0.5])[y]}):  # fmt: skip
+        model = compiled(strategy_of(2))
+        fit(model, x, y, batch_size=16, shuffle=False, **how)
+        results.append(model.get_weights())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager_ops", "xla"])
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_evaluate_and_predict_before_any_fit(strategy_of, jit, steps_per_execution):
+    x, y = examples()
+    results = []
+    for strategy in (strategy_of(2), None):
+        model = compiled(strategy, jit_compile=jit, steps_per_execution=steps_per_execution)
+        loss, accuracy = model.evaluate(x, y, batch_size=16, verbose=0)
+        outputs = model.predict(x, batch_size=16, verbose=0)
+        results.append([loss, accuracy, outputs, model.test_on_batch(x[:16], y[:16])])
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    history = fit(compiled(strategy_of(2), jit_compile=jit), x, y, batch_size=16)
+    assert history["loss"][0] > 0
+
+
+@pytest.mark.parametrize("inner", [keras.optimizers.SGD, keras.optimizers.Adam])
+def test_a_stock_optimizer_trains_synchronously(strategy_of, inner):
+    """Keras's own optimizers sum gradients over the replicas at every step, as ever."""
+    x, y = examples()
+    results = []
+    for strategy in (strategy_of(2), None):
+        with scope(strategy):
+            keras.utils.set_random_seed(0)
+            model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
+            model.compile(inner(0.05), crossentropy(), metrics=["accuracy"])
+        model.fit(x, y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+        results.append(model.get_weights())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_per_epoch_goes_on_with_the_data(strategy_of):
+    """An endless dataset, whose epochs end where the user says; the last one is cut."""
+    x, y = examples()
+    model = compiled(strategy_of(2), steps_per_execution=2)
+    counter = Counter()
+    fit(model, dataset(x, y).repeat(), steps_per_epoch=5, epochs=3, callbacks=[counter])
+    assert counter.blocks_at_epoch_end == [2, 4, 6]
+    assert int(model.optimizer.iterations.numpy()) == 15
+    # Promised more than there is: Keras warns, and the block that was begun is ended.
+    model = compiled(strategy_of(2), sync_period=4)
+    with pytest.warns(UserWarning, match="ran out of data"):
+        fit(model, unknown_length(dataset(x, y)), steps_per_epoch=50)
+    assert model.optimizer.blocks == 2
+    assert int(model.optimizer.iterations.numpy()) == 6
+    for weight in model.trainable_variables:
+        assert np.array_equal(*replica_values(weight))
+
+
+def test_stopping_in_mid_epoch_ends_the_block(strategy_of):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == 2
+
+    x, y = examples()
+    model = compiled(strategy_of(2), sync_period=4)
+    fit(model, dataset(x, y), epochs=3, callbacks=[Stop()])
+    assert model.optimizer.blocks == 1
+    assert int(model.optimizer.iterations.numpy()) == 3
+    for weight in model.trainable_variables:
+        assert np.array_equal(*replica_values(weight))
+
+
+def test_weights_set_between_fits_are_the_new_anchor(strategy_of):
+    x, y = examples()
+    model = compiled(strategy_of(2), inner=lambda: keras.optimizers.SGD(0.0))
+    fit(model, x, y, batch_size=16)
+    weights = [np.full_like(w, 0.25) for w in model.get_weights()]
+    model.set_weights(weights)
+    fit(model, x, y, batch_size=16)
+    trained = {id(v) for v in model.trainable_variables}
+    for variable, want in zip(model.weights, weights, strict=True):
+        if id(variable) in trained:
+            np.testing.assert_array_equal(variable.numpy(), want)
+
+
+def test_run_eagerly(strategy_of):
+    x, y = examples()
+    results = []
+    for run_eagerly in (False, True):
+        model = compiled(strategy_of(2), run_eagerly=run_eagerly)
+        fit(model, dataset(x, y), validation_data=dataset(x, y))
+        results.append(model.get_weights())
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_distributed_dataset_and_generator(strategy_of):
+    """Data in the other forms that fit takes."""
+    x, y = examples()
+    strategy = strategy_of(2)
+    results = []
+    for make in (
+        lambda: dataset(x, y),
+        lambda: strategy.experimental_distribute_dataset(dataset(x, y)),
+        lambda: tf.data.Dataset.from_generator(
+            lambda: iter(dataset(x, y)),
+            output_signature=(tf.TensorSpec([None, 6]), tf.TensorSpec([None], tf.int64)),
+        ),
+    ):
+        model = compiled(strategy)
+        fit(model, make(), epochs=2)
+        assert model.optimizer.blocks == 4
+        results.append(model.get_weights())
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

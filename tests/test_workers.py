@@ -1,0 +1,184 @@
+"""Real worker processes over TF_CONFIG, started by the launcher."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import reference
+from helpers import examples
+from test_oracles import close
+
+HERE = Path(__file__).parent
+
+
+def launch(out, workers, script, *, isolated=False, limit=420):
+    """Runs a script of this folder on several workers; returns what the launcher printed."""
+    command = [sys.executable, "-m", "tf_blockmomentum.launch", "--workers", str(workers)]
+    command += [str(HERE / script), str(out)]
+    if isolated:
+        inside = 'ip link set lo up && exec "$@"'
+        command = ["unshare", "--net", "--map-root-user", "sh", "-c", inside, "sh", *command]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=limit, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def equal_on_all(saw, prefix):
+    """What each worker saw under this name, which must be equal to the bit."""
+    names = [name for name in saw[0] if name.startswith(prefix)]
+    assert names
+    for name in names:
+        for other in saw[1:]:
+            np.testing.assert_array_equal(saw[0][name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.timeout(450)
+def test_cluster(tmp_path, workers):
+    printed = launch(tmp_path, workers, "worker.py")
+    for index in range(workers):
+        assert f"[worker {index}] end" in printed
+    saw = [dict(np.load(tmp_path / f"{index}.npz")) for index in range(workers)]
+
+    # 1. The weights of every replica at every boundary are those of NumPy's M-AVG.
+    for case, settings in enumerate(
+        [
+            {"sync_period": 3, "block_momentum": 0.5},
+            {"sync_period": 4, "block_momentum": 0.9, "nesterov": True},
+            {"sync_period": 1, "block_momentum": 0.0},
+        ]
+    ):
+        equal_on_all(saw, f"start_{case}")
+        rng = np.random.default_rng(case)
+        x = rng.normal(size=[7, workers, 4, 5]).astype("float32")
+        y = rng.integers(3, size=[7, workers, 4])
+        batches = [[(x[s, j], y[s, j]) for j in range(workers)] for s in range(7)]
+        boundaries, before = reference.m_avg(
+            [saw[0][f"start_{case}_kernel"], saw[0][f"start_{case}_bias"]],
+            batches * 2, reference.softmax_gradients, learning_rate=0.1, epoch_steps=7,
+            **settings,
+        )  # fmt: skip
+        period = settings["sync_period"]
+        ends = [s for s in range(1, 15) if (s - 1) % 7 % period == period - 1 or s % 7 == 0]
+        assert all(own[f"blocks_{case}"] == len(ends) == len(boundaries) for own in saw)
+        for end, want, want_before in zip(ends, boundaries, before, strict=True):
+            for j, own in enumerate(saw):
+                at = [own[f"kernels_{case}"][end - 1], own[f"biases_{case}"][end - 1]]
+                close(at, want)
+                np.testing.assert_array_equal(at[0], saw[0][f"kernels_{case}"][end - 1])
+                if j and end - 1 not in ends and end > 1:
+                    inside = own[f"kernels_{case}"][end - 2]
+                    assert not np.array_equal(inside, saw[0][f"kernels_{case}"][end - 2])
+            assert len(want_before) == workers
+
+    # 2. fit: logs, weights and statistics are the same on all workers, and it learns.
+    for prefix in ("history_", "evaluate_", "predict_", "weight_"):
+        equal_on_all(saw, prefix)
+    first = saw[0]
+    assert first["history_loss"][-1] < 0.8 * first["history_loss"][0]
+    assert first["history_val_loss"][-1] == pytest.approx(first["evaluate_after"][0], rel=1e-6)
+    assert len({int(own["seeds"][0]) for own in saw}) == workers
+    model = keras.models.load_model(tmp_path / "model.keras")
+    x, y = examples()
+    np.testing.assert_allclose(model.evaluate(x, y, verbose=0), first["evaluate_after"], rtol=1e-5)
+    # Predictions come in the order of the workers' shards of each batch.
+    rows = np.concatenate([np.sort(first["predict_after"], axis=0)])
+    np.testing.assert_allclose(rows, np.sort(model.predict(x, verbose=0), axis=0), rtol=1e-4,
+                               atol=1e-5)  # fmt: skip
+
+    # 3. Uneven data: everyone ends, a worker without steps left is not in the mean.
+    for spe in (1, 3):
+        equal_on_all(saw, f"uneven_{spe}")
+        rng = np.random.default_rng(9)
+        x = rng.normal(size=[10, workers, 4, 5]).astype("float32")
+        y = rng.integers(3, size=[10, workers, 4])
+        kernel, blocks = uneven_m_avg(saw[0][f"uneven_{spe}_start"], x, y, epochs=2)
+        assert saw[0][f"uneven_{spe}_blocks"] == blocks
+        close([saw[0][f"uneven_{spe}_kernel"]], [kernel], 2e-6)
+
+    # 4. Keras's own optimizer trains synchronously.
+    equal_on_all(saw, "stock_")
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=[6, workers, 4, 5]).astype("float32").reshape(6, -1, 5)
+    y = rng.integers(3, size=[6, workers, 4]).reshape(6, -1)
+    plain = keras.Sequential([keras.Input([5]), keras.layers.Dense(3)])
+    plain.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    plain.set_weights([saw[0]["stock_start"], np.zeros(3)])
+    accuracies = []
+    for _ in range(2):
+        results = [plain.train_on_batch(a, b)[1] for a, b in zip(x, y, strict=True)]
+        accuracies.append(np.mean(results))
+    close([saw[0]["stock_kernel"]], [plain.get_weights()[0]], 2e-6)
+    np.testing.assert_allclose(saw[0]["stock_accuracy"], accuracies, rtol=1e-5)
+
+    # 5. Errors name the remedy, on every worker.
+    for own in saw:
+        assert "must divide by the number of replicas" in str(own["error_batch"])
+        assert f"batch_size={9 * workers};" in str(own["error_batch"])
+        assert "callbacks=[tfbm.BlockTraining()]" in str(own["error_callback"])
+
+
+def uneven_m_avg(kernel, x, y, epochs):
+    """K=4, beta=.5, with 10, 7 and 4 steps on the workers; those that took none are left out."""
+    steps = [10 - 3 * j for j in range(x.shape[1])]
+    anchor = [kernel.astype("float64"), np.zeros(3)]
+    velocity = [np.zeros_like(w) for w in anchor]
+    blocks = 0
+    for _ in range(epochs):
+        for begin in range(0, 10, 4):
+            deltas = []
+            for j, count in enumerate(steps):
+                local = [w.copy() for w in anchor]
+                for s in range(begin, min(begin + 4, count)):
+                    _, grads = reference.softmax_gradients(local, x[s, j], y[s, j])
+                    local = [w - 0.1 * g for w, g in zip(local, grads, strict=True)]
+                if begin < count:
+                    deltas.append([w - a for w, a in zip(local, anchor, strict=True)])
+            for i in range(2):
+                velocity[i] = 0.5 * velocity[i] + np.mean([d[i] for d in deltas], axis=0)
+                anchor[i] = anchor[i] + velocity[i]
+            blocks += 1
+    return anchor[0], blocks
+
+
+def can_isolate():
+    try:
+        test = ["unshare", "--net", "--map-root-user", "ip", "link", "set", "lo", "up"]
+        return subprocess.run(test, capture_output=True, timeout=10, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+@pytest.mark.skipif(
+    not can_isolate(), reason="needs unshare and ip, and leave to make a network namespace"
+)
+@pytest.mark.timeout(300)
+def test_communication_is_one_packed_all_reduce_a_boundary_and_the_metrics(tmp_path):
+    """Bytes read from a loopback interface of the test's own.
+
+    A ring all-reduce of S bytes on P workers sends 2 (P - 1) / P S from each, so 2 S in all
+    for P = 2. The metrics, headers and heartbeats must fit in 5 % and 100 kB.
+    """
+    launch(tmp_path, 2, "traffic_worker.py", isolated=True)
+    for index in range(2):
+        saw = json.loads((tmp_path / f"{index}.json").read_text())
+        for sync_period, blocks in ((1, 10), (4, 3), (100, 1)):
+            run = saw[str(sync_period)]
+            assert run["blocks"] == blocks
+            assert run["collectives"] == ["CollectiveReduceV2:float32"]
+            assert run["weights"] > 1_000_000
+            want = blocks * 2 * run["weights"]
+            assert want <= run["bytes"] <= 1.05 * want + 100_000, (sync_period, run)
+        assert saw["two dtypes"] == ["CollectiveReduceV2:float16", "CollectiveReduceV2:float32"]
