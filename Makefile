@@ -12,6 +12,10 @@ demo: $(VENV)/installed-examples
 test: $(VENV)/installed-all lint
 	$(BIN)/python -m pytest $(ARGS)
 
+# The oldest supported TensorFlow and Keras, in an environment of their own.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest $(ARGS)
+
 lint: $(VENV)/installed-all
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,6 +30,12 @@ $(VENV)/bin/python:
 
 $(VENV)/installed-%: $(VENV)/bin/python setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	touch $@
+
+.venv-oldest/installed: setup.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all]" \
+		"tensorflow==2.20.*" "keras==3.12.*"
 	touch $@
 
 clean:

@@ -19,6 +19,7 @@ DEV = [
     "mypy==2.4.1",
     "pytest>=9.0",
     "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",  # tracing is one thread's work; two cores halve the wait
 ]
 
 setup(

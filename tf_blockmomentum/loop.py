@@ -273,7 +273,7 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
             more,
             body,
             (tf.constant(0), first, outputs),
-            shape_invariants=(tf.TensorShape([]), first._type_spec, shapes),
+            shape_invariants=(tf.TensorShape([]), tf.type_spec_from_value(first), shapes),
         )
         found = iter(outputs)
         outputs = tf.nest.map_structure(lambda s: None if s is None else next(found), specs)

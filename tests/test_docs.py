@@ -1,0 +1,119 @@
+"""The code in docstrings and README runs, and private API stays behind its fence."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_blockmomentum as tfbm
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = Path(tfbm.__file__).parent
+MODULES = sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name != "launch")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    module = importlib.import_module(f"tf_blockmomentum.{name}")
+    names = {"keras": keras, "np": np, "tf": tf, "tfbm": tfbm}
+    result = doctest.testmod(module, extraglobs=names)
+    assert result.failed == 0
+    if name in ("callback", "loop", "optimizer", "strategy"):
+        assert result.attempted > 0
+
+
+def public_members():
+    for name in tfbm.__all__:
+        thing = getattr(tfbm, name)
+        yield name, thing
+        for attribute, member in vars(thing).items():
+            if not attribute.startswith("_") and (
+                callable(member) or isinstance(member, property)
+            ):
+                yield f"{name}.{attribute}", member
+
+
+def test_everything_public_says_what_it_is():
+    keras_calls = {"set_model", "on_train_batch_begin", "on_train_batch_end", "on_test_begin",
+                   "on_epoch_end", "on_train_end"}  # fmt: skip
+    for name, thing in public_members():
+        if name.rpartition(".")[2] not in keras_calls:
+            assert thing.__doc__, name
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.M | re.S)
+
+
+@pytest.mark.timeout(200)
+def test_the_script_in_the_readme_runs_on_two_workers(tmp_path):
+    """The "after" script, as it stands, with the command that stands below it."""
+    (script,) = (
+        block
+        for block in blocks((ROOT / "README.md").read_text(), "python")
+        if "MultiWorkerBlockStrategy" in block
+    )
+    (tmp_path / "train.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "-m", "tf_blockmomentum.launch", "--workers", "2", "train.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "[worker 1]" in done.stdout
+    assert re.search(r"val_accuracy: 0\.[89]", done.stdout), done.stdout[-2000:]
+
+
+def test_commands_in_the_docs_exist():
+    """Every path and make target that README and docs name."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        for target in re.findall(r"`?make ([a-z-]+)", "\n".join(blocks(text, "sh"))):
+            assert target in targets, (page.name, target)
+        for path in re.findall(r"\b(?:examples|benchmarks|tests)/\w+\.py", text):
+            assert (ROOT / path).exists(), (page.name, path)
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (page.parent / link).exists(), (page.name, link)
+
+
+def test_private_api_is_fenced():
+    """Only _keras.py touches anything private of Keras; nothing does of TensorFlow."""
+    for path in sorted(PACKAGE.glob("*.py")):
+        source = path.read_text()
+        assert "tensorflow.python" not in source, path.name
+        assert "tf.__internal__" not in source, path.name
+        if path.name == "_keras.py":
+            continue
+        assert "keras.src" not in source, path.name
+        own = {
+            target
+            for other in PACKAGE.glob("*.py")
+            for node in ast.walk(ast.parse(other.read_text()))
+            for target in names_defined(node)
+        }
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                assert node.attr in own, f"{path.name}:{node.lineno} reaches for {node.attr}"
+
+
+def names_defined(node):
+    """Functions, classes, modules and attributes of self that this package defines."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+    for target in targets:
+        for part in ast.walk(target):
+            if isinstance(part, ast.Attribute):
+                yield part.attr
+            elif isinstance(part, ast.Name):
+                yield part.id
