@@ -36,9 +36,15 @@ def fit(model, *data, **settings):
 
 
 # 96 examples in batches of 16: 6 steps an epoch.
-@pytest.mark.parametrize("known", [True, False], ids=["known_length", "unknown_length"])
 @pytest.mark.parametrize(
-    ("sync_period", "blocks"), [(1, [6, 12]), (3, [2, 4]), (4, [2, 4]), (50, [1, 2])]
+    ("sync_period", "blocks", "known"),
+    [
+        (1, [6, 12], True),
+        (3, [2, 4], False),
+        (4, [2, 4], True),
+        (4, [2, 4], False),
+        (50, [1, 2], False),
+    ],
 )
 def test_steps_per_execution_changes_nothing(strategy_of, sync_period, blocks, known):
     """Whether it divides K or not: same weights, same blocks; validation sees the anchor."""

@@ -46,39 +46,41 @@ def test_trains_evaluates_saves_and_reloads(strategy_of, tmp_path, name):
     for jit in (False, True):
         keras.utils.set_random_seed(0)
         model = compiled(strategy_of(2), INNER[name])
-        before = model.evaluate(x, y, batch_size=16, verbose=0)[0]
         history = model.fit(
             x, y, batch_size=16, epochs=6, shuffle=False, verbose=0,
             callbacks=[tfbm.BlockTraining(jit_compile=jit)],
         )  # fmt: skip
         losses[jit] = history.history["loss"]
-        after, _ = model.evaluate(x, y, batch_size=16, verbose=0)
-        assert np.isfinite(after)
-        assert after < 0.9 * before
         assert model.optimizer.blocks == 12
         for variable in model.trainable_variables:
             a, b = replica_values(variable)
             np.testing.assert_array_equal(a, b)
     # Sharp optimizers (Lion's sign, Muon) magnify the last bits of the first steps.
     np.testing.assert_allclose(losses[False], losses[True], rtol=2e-2)
+    after, accuracy = model.evaluate(x, y, batch_size=16, verbose=0)
+    assert np.isfinite(after)
+    assert after < 0.9 * losses[True][0]
 
     path = tmp_path / "model.keras"
     model.save(path)
     alone = keras.models.load_model(path)
     assert isinstance(alone.optimizer, tfbm.BlockMomentum)
     assert type(alone.optimizer.inner_optimizer).__name__ == type(INNER[name]()).__name__
-    np.testing.assert_allclose(
-        alone.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6
-    )
-    for got, want in zip(alone.optimizer.variables, model.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(got.numpy(), want.numpy())
     with strategy_of(2).scope():
         again = keras.models.load_model(path)
-    for got, want in zip(again.optimizer.variables, model.optimizer.variables, strict=True):
-        for value in replica_values(got):
-            np.testing.assert_array_equal(value, want.numpy())
-    alone.fit(x, y, batch_size=16, verbose=0, callbacks=[tfbm.BlockTraining()])
-    assert alone.evaluate(x, y, verbose=0, batch_size=16)[0] < before
+    assert model.optimizer.variables
+    for loaded in (alone, again):
+        for got, want in zip(
+            [*loaded.optimizer.variables, *loaded.trainable_variables],
+            [*model.optimizer.variables, *model.trainable_variables],
+            strict=True,
+        ):
+            for value in replica_values(got):
+                np.testing.assert_array_equal(value, want.numpy())
+    history = alone.fit(x, y, batch_size=16, verbose=0, callbacks=[tfbm.BlockTraining()])
+    assert alone.optimizer.blocks == 14
+    assert history.history["loss"][0] < losses[True][0]
+    assert alone.evaluate(x, y, verbose=0, batch_size=16)[1] > 0.9 * accuracy
 
 
 def test_embeddings_train_with_sparse_gradients(strategy_of):
