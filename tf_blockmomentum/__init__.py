@@ -11,12 +11,17 @@ if "tf_blockmomentum.launch" in _sys.orig_argv or (
 ):
     __all__ = []
 else:
+    from tf_blockmomentum import progress as _progress
+    from tf_blockmomentum.backup import BlockBackup
     from tf_blockmomentum.callback import BlockTraining
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 
+    _progress.install()
+
     __all__ = [
+        "BlockBackup",
         "BlockLoop",
         "BlockMomentum",
         "BlockTraining",

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import weakref
 from typing import Any
 
 import keras
@@ -93,9 +94,11 @@ def strategy_of(optimizer):
     return optimizer._distribution_strategy
 
 
-def moving_averages(optimizer):
-    """The exponential moving averages of an optimizer with `use_ema`."""
-    return [v for v in optimizer._model_variables_moving_average if v is not None]
+def moving_averages(optimizer, variables):
+    """Pairs of an optimizer's moving averages (`use_ema`) and the variables they follow."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    averages = optimizer._model_variables_moving_average if optimizer.use_ema else []
+    return [(a, v) for a, v in zip(averages, variables, strict=False) if a is not None]
 
 
 def track_block_count(optimizer):
@@ -201,6 +204,9 @@ def install(make_test_function):
             return original(self, force=force)
 
     def _get_metrics_result_or_logs(self, original, logs):
+        training: Any = getattr(self.train_function, "__self__", None)
+        if hasattr(training, "before_epoch_logs"):
+            training.before_epoch_logs()
         result = original(self, logs)
         if result is logs:  # not metrics: what a train_step or test_step of the user's returned
             return self.distribute_strategy.reduce("MEAN", logs)
@@ -214,6 +220,95 @@ def install(make_test_function):
         _get_metrics_result_or_logs,
     ):
         _strategy_method(replacement)
+    _remember_epochs()
+
+
+# -- where fit is in its data -----------------------------------------------------------------
+
+
+class Epochs:
+    """What fit's own epoch iterator, of which no callback can get hold, knows and can be told.
+
+    Counts the iterators that fit makes, one or two an epoch: each draws the next seed of a
+    dataset that reshuffles, so that a new process has to draw as many.
+    """
+
+    def __init__(self, epoch_iterator):
+        self._epochs = epoch_iterator
+        self._made = 0
+        self._get = epoch_iterator._get_iterator
+        epoch_iterator._get_iterator = self._counting
+
+    def _counting(self):
+        self._made += 1
+        return self._get()
+
+    @property
+    def element_spec(self):
+        return self._get().element_spec
+
+    def state(self, epoch_ended):
+        """A dict for `resume`: whole numbers and None."""
+        epochs = self._epochs
+        goes_on = not epoch_ended or (
+            epochs.steps_per_epoch is not None and epochs._current_iterator is not None
+        )
+        return {
+            "goes_on": goes_on,  # with the iterator it has
+            "iterators": self._made - goes_on,  # before that one
+            "fresh": epoch_ended and epochs._steps_seen == 0,  # and it has given nothing yet
+            "steps_seen": epochs._steps_seen,
+            "num_batches": epochs._num_batches,
+        }
+
+    def resume(self, state, step, restore):
+        """Makes the next epoch begin at `step`, from an iterator given to `restore`."""
+        epochs = self._epochs
+        if epochs._num_batches is None:  # found out when the data first ended
+            epochs._num_batches = state["num_batches"]
+        original = epochs._enumerate_iterator
+
+        def from_step():
+            del epochs._enumerate_iterator  # this epoch only
+            for _ in range(state["iterators"]):
+                iter(self._counting())
+            first = True
+            for begin, end, iterator in original():
+                if begin < step:
+                    continue
+                if first and state["goes_on"]:
+                    epochs._steps_seen = state["steps_seen"] + epochs.steps_per_execution
+                    restore(iterator)
+                first = False
+                yield begin, end, iterator
+
+        epochs._enumerate_iterator = from_step
+
+
+def _remember_epochs():
+    """Notes fit's epoch iterator on the model: it is a local variable of fit, and passes
+    through this method just before callbacks are told of the beginning of training."""
+    original = _Trainer._maybe_symbolic_build
+    if hasattr(original, "_tfbm_remembers"):
+        return
+
+    @functools.wraps(original)
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        self._tfbm_epoch_iterator = None if iterator is None else weakref.ref(iterator)
+        return original(self, iterator=iterator, data_batch=data_batch)
+
+    _maybe_symbolic_build._tfbm_remembers = True  # type: ignore[attr-defined]
+    _Trainer._maybe_symbolic_build = _maybe_symbolic_build
+
+
+def epochs_of(model):
+    """The `Epochs` of the fit that is beginning."""
+    return Epochs(model._tfbm_epoch_iterator())
+
+
+def set_initial_epoch(model, epoch):
+    """As `BackupAndRestore` does; None takes it back, or the next fit would begin there too."""
+    model._initial_epoch = epoch
 
 
 @contextlib.contextmanager

@@ -6,7 +6,13 @@ import keras
 import tensorflow as tf
 
 from tf_blockmomentum import _keras
-from tf_blockmomentum.loop import BlockLoop, explaining_xla, make_local_steps, resolve_jit
+from tf_blockmomentum.loop import (
+    BlockLoop,
+    check_on_nonfinite,
+    explaining_xla,
+    make_local_steps,
+    resolve_jit,
+)
 from tf_blockmomentum.optimizer import find
 
 
@@ -22,15 +28,21 @@ class BlockTraining(keras.callbacks.Callback):
     Communication: one packed all-reduce per dtype at a boundary, and the metrics
     at the end of an epoch. The logs of a batch (the progress bar's) are this
     worker's own; the logs of an epoch are those of all examples of all workers.
+    A worker that sets `model.stop_training` during an epoch stops all workers at the
+    next boundary, and then they end the epoch together.
 
     Args:
         jit_compile: True compiles every replica's step with XLA; False does not;
             "auto" does where a GPU is present or the model was compiled with
             `jit_compile=True`.
+        on_nonfinite: "raise" or "skip", for a replica with NaN or infinite weights at a
+            boundary, as in `BlockLoop`; the count is in `skipped`. A loss that was NaN
+            stays in its epoch's metrics.
 
     Raises:
         ValueError: at the start of fit, if the model's optimizer is no BlockMomentum,
             or XLA is asked for and a layer does not support it.
+        FloatingPointError: from fit, on every worker: a replica is not finite.
 
     Example:
 
@@ -42,12 +54,18 @@ class BlockTraining(keras.callbacks.Callback):
     2
     """
 
-    def __init__(self, jit_compile="auto"):
+    def __init__(self, jit_compile="auto", on_nonfinite="raise"):
         super().__init__()
         resolve_jit(jit_compile)
         self.jit_compile = jit_compile
+        self.on_nonfinite = check_on_nonfinite(on_nonfinite)
         self._loop: BlockLoop | None = None
         self._begin = 0
+
+    @property
+    def skipped(self):
+        """How many times a replica was left out of a block because it was not finite."""
+        return self._loop.skipped if self._loop else 0
 
     # -- Keras calls these ----------------------------------------------------------------------
 
@@ -70,12 +88,12 @@ class BlockTraining(keras.callbacks.Callback):
             self._prepare()
         model.train_function = self._train_function
 
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._loop is not None:
+            self._loop.begin_epoch()
+
     def on_train_batch_begin(self, batch, logs=None):
         self._begin = batch
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.model.stop_training:
-            self._flush()
 
     def on_test_begin(self, logs=None):
         self._flush()
@@ -91,20 +109,35 @@ class BlockTraining(keras.callbacks.Callback):
     def _train_function(self, iterator):
         """What fit calls: `steps_per_execution` local steps, fewer at the end of an epoch."""
         model = self.model
-        if self._loop is None:
-            _keras.build(model, iterator.element_spec)
-            self._prepare()
-        assert self._loop is not None
+        loop = self.ready_loop(iterator.element_spec)
         total = self.params["steps"]  # None: not known
         steps = model.steps_per_execution
         left = steps if total is None else total - self._begin
         with _eagerly(model.run_eagerly):
-            return self._loop._run(
+            logs = loop._run(
                 iterator,
                 min(steps, left),
                 last=total is not None and left <= steps,
                 peek=total is None,
             )
+        if loop.stopping:
+            model.stop_training = True
+        return logs
+
+    def ready_loop(self, element_spec):
+        """The loop; builds model and optimizer from the spec of a batch if need be."""
+        if self._loop is None:
+            _keras.build(self.model, element_spec)
+            self._prepare()
+        assert self._loop is not None
+        return self._loop
+
+    def before_epoch_logs(self):
+        """Called where fit is about to reduce an epoch's metrics over the replicas: brings
+        all workers here, and to the same decision whether to stop."""
+        model = self.model
+        if self._loop is not None and model.train_function == self._train_function:
+            model.stop_training = self._loop.end_epoch(stopping=model.stop_training)
 
     def _prepare(self):
         """Once model and optimizer are built."""
@@ -118,6 +151,7 @@ class BlockTraining(keras.callbacks.Callback):
                 model.distribute_strategy,
                 averaged_variables=_keras.statistics(model),
                 jit_compile=model_jit(model, self.jit_compile),
+                on_nonfinite=self.on_nonfinite,
             )
         if self._loop.position == 0:
             optimizer.restart_block()
@@ -171,6 +205,10 @@ def model_jit(model, jit_compile):
     return jit_compile
 
 
+# Odd and without pattern: seeds that a user numbered 1, 2, 3 stay apart.
+_ODD = 2654435769
+
+
 def give_replicas_different_seeds(generator, strategy):
     """Moves a seed generator's seed apart on each replica; replica 0 keeps its own.
 
@@ -178,10 +216,9 @@ def give_replicas_different_seeds(generator, strategy):
     Weights loaded later bring one state for all again, so this is done before every fit.
     """
     states = strategy.experimental_local_results(generator.state.value)
-    ids = strategy.experimental_local_results(strategy.run(_replica_id))
+    ids = replica_ids(strategy)
     seeds = [int(state.numpy()[0]) for state in states]
-    # 2654435769, odd and without pattern: seeds that a user numbered 1, 2, 3 stay apart.
-    offsets = [int(i) * 2654435769 for i in ids]
+    offsets = [i * _ODD for i in ids]
     base = getattr(generator, "_tfbm_seed", None)
     if base is not None and seeds == [(base + offset) % 2**32 for offset in offsets]:
         return
@@ -189,6 +226,19 @@ def give_replicas_different_seeds(generator, strategy):
     for state, offset in zip(states, offsets, strict=True):
         seed = tf.constant((seeds[0] + offset) % 2**32, state.dtype)
         state.assign(tf.stack([seed, state[1]]))
+
+
+def keep_seeds(generator, strategy):
+    """Takes restored seeds for those that `give_replicas_different_seeds` gave."""
+    state = strategy.experimental_local_results(generator.state.value)[0]
+    offset = replica_ids(strategy)[0] * _ODD
+    generator._tfbm_seed = (int(state.numpy()[0]) - offset) % 2**32
+
+
+def replica_ids(strategy):
+    """The numbers of this worker's replicas among all replicas."""
+    ids = tf.function(lambda: strategy.run(_replica_id), autograph=False)()
+    return [int(i) for i in strategy.experimental_local_results(ids)]
 
 
 def _replica_id():

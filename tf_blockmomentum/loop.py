@@ -2,12 +2,13 @@
 
 import contextlib
 import numbers
+import warnings
 
 import tensorflow as tf
 
-from tf_blockmomentum import _keras
+from tf_blockmomentum import _keras, progress
 from tf_blockmomentum.optimizer import check_number, check_strategy, find
-from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas
+from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas, worker_of
 
 
 class BlockLoop:
@@ -20,7 +21,8 @@ class BlockLoop:
     every worker must therefore call `run` and `flush` alike.
 
     A replica that took no step in a block (its data ended first) is left out of
-    that block's mean. When data ends, the block ends too.
+    that block's mean. When data ends, the block ends too. A replica whose weights are
+    not finite at a boundary is left out of the mean as well, so the anchor stays finite.
 
     Args:
         step_fn: function of one batch (one replica's share), run in every replica. It
@@ -33,11 +35,17 @@ class BlockLoop:
             a boundary, such as BatchNormalization's moving statistics.
         jit_compile: True compiles a replica's step with XLA; False does not; "auto"
             does where a GPU is present.
+        on_nonfinite: what to do about a replica with NaN or infinite weights or
+            statistics at a boundary. "raise" stops all workers. "skip" warns, counts it
+            in `skipped`, and lets that replica go on from the anchor; what is not finite
+            in its inner optimizer's state becomes 0.
 
     Raises:
         TypeError: `optimizer` is not a BlockMomentum.
-        ValueError: a strategy without per-replica variables, or a `jit_compile` that
-            is none of the three.
+        ValueError: a strategy without per-replica variables, or a `jit_compile` or
+            `on_nonfinite` that is none of the above.
+        FloatingPointError: from `run` and `flush`, on every worker: a replica is not finite
+            and `on_nonfinite="raise"`, or no replica is.
 
     Example:
 
@@ -56,7 +64,13 @@ class BlockLoop:
     """
 
     def __init__(
-        self, step_fn, optimizer, strategy=None, averaged_variables=(), jit_compile="auto"
+        self,
+        step_fn,
+        optimizer,
+        strategy=None,
+        averaged_variables=(),
+        jit_compile="auto",
+        on_nonfinite="raise",
     ):
         self._block_momentum = find(optimizer)
         if self._block_momentum is None:
@@ -68,8 +82,13 @@ class BlockLoop:
         check_strategy(self._strategy)
         self._averaged = list(averaged_variables)
         self._jit = resolve_jit(jit_compile)
+        self._skip_nonfinite = check_on_nonfinite(on_nonfinite) == "skip"
         self._position = 0  # local steps since the last boundary
-        self._lookahead = None  # (iterator, Optional of its next batch)
+        self._batches = (None, 0)  # the present iterator, batches taken from it
+        self._ended = 0  # replicas whose data had ended at the last boundary
+        self._stopping = False  # whether a worker has asked all to stop
+        self.skipped = 0
+        self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
         self._finished = None  # the iterator whose end all replicas have reached
         with self._strategy.scope():
             # Steps this replica took in this block.
@@ -83,11 +102,30 @@ class BlockLoop:
             local_step, self._strategy, self._jit, after_step=lambda: self._steps.assign_add(1)
         )
         self._boundary = tf.function(self._cross_replica_boundary, autograph=False)
+        self._sum = tf.function(
+            lambda x: self._strategy.run(lambda x: sum_over_replicas([x])[0], args=(x,)),
+            autograph=False,
+        )
 
     @property
     def position(self):
         """Local steps since the last boundary, from 0 to K - 1."""
         return self._position
+
+    @property
+    def stopping(self):
+        """Whether a worker asked all to stop at the last boundary."""
+        return self._stopping
+
+    @property
+    def some_ended(self):
+        """Whether the data of a replica had ended at the last boundary."""
+        return self._ended > 0
+
+    @property
+    def all_ended(self):
+        """Whether the data of all replicas has ended, all of them knowing it."""
+        return self._ended == self._strategy.num_replicas_in_sync
 
     def run(self, iterator, steps):
         """Takes up to `steps` local steps, ending every block that becomes full.
@@ -139,6 +177,8 @@ class BlockLoop:
             with explaining_xla(self._jit):
                 taken, new_logs, following = self._local_steps(iterator, wanted, first, peek)
             self._position += taken
+            before = self._batches[1] if self._batches[0] is iterator else 0
+            self._batches = (iterator, before + taken)
             remaining -= taken
             if taken:
                 logs = new_logs
@@ -150,48 +190,161 @@ class BlockLoop:
                 self._end_block(ended)
             if ended:
                 self._finished = iterator if taken < wanted or not last else None
+            if ended or self._stopping:
                 break
         if remaining == steps:
             raise StopIteration
         return logs
 
-    def _end_block(self, ended):
+    @property
+    def batches(self):
+        """The present iterator, how many of its batches have been trained on, and whether
+        one more has been taken from it already."""
+        iterator, count = self._batches
+        return iterator, count, self._lookahead is not None and self._lookahead[0] is iterator
+
+    @property
+    def variables(self):
+        """Its own state besides `position`: each replica's steps in the present block."""
+        return [self._steps]
+
+    def go_on(self, position):
+        """Goes on in the middle of a block whose variables have been restored."""
+        self._position = position
+
+    def skip(self, iterator, count, taken=0):
+        """Takes `count` batches without training on them, on this worker alone; `taken`
+        more have been taken from the iterator already."""
+        strategy = self._strategy
+
+        @tf.function(autograph=False)
+        def take(iterator, count):
+            tf.while_loop(
+                lambda i, more: tf.logical_and(i < count, more),
+                lambda i, more: (i + 1, next_batch(iterator, strategy).has_value()),
+                (tf.constant(0), tf.constant(True)),
+            )
+
+        if count:
+            take(iterator, tf.constant(count))
+        self._batches = (iterator, count + taken)
+
+    def begin_epoch(self):
+        """Forgets that data had ended, and whether to stop."""
+        self._ended, self._stopping = 0, False
+
+    def end_epoch(self, stopping):
+        """Ends this worker's part of an epoch, however it came to its end.
+
+        Args:
+            stopping: whether this worker wants to stop.
+
+        Returns:
+            Whether any worker does.
+        """
+        if not self.all_ended:
+            self._end_block(ended=True, stopping=stopping)
+        if worker_of(self._strategy)[1] > 1:
+            wishes = self._sum(tf.constant(float(stopping)))
+            stopping = float(self._strategy.experimental_local_results(wishes)[0]) > 0
+        return stopping
+
+    def _end_block(self, ended, stopping=False):
         """The boundary. A replica whose data has ended goes on taking part, without steps,
         until the others' has ended too: all make the same number of boundaries."""
-        replicas = self._strategy.num_replicas_in_sync
         while True:
-            count = self._boundary(tf.constant(ended))
+            progress.note("waits in a boundary")
+            status = self._boundary(tf.constant(ended), tf.constant(stopping))
+            _, self._ended, stop, *nonfinite = (int(x) for x in status.numpy())
+            progress.note("ended a block")
             self._position = 0
-            if not ended or int(count) == replicas:
+            self._stopping = stop > 0
+            if any(nonfinite):
+                self._handle_nonfinite(nonfinite)
+            if not ended or self.all_ended:
                 return
+
+    def _handle_nonfinite(self, firsts):
+        """`firsts`: for each replica 0, or the number of its first tensor not finite."""
+        optimizer = self._block_momentum
+        variables = [*optimizer.trained_variables, *self._averaged]
+        bad = {r: variables[first - 1] for r, first in enumerate(firsts) if first}
+        what = "; ".join(
+            f"replica {r} in variable {getattr(v, 'path', v.name)!r}" for r, v in bad.items()
+        )
+        text = f"A delta is not finite (NaN or infinity) in block {optimizer.blocks}: {what}"
+        if not self._skip_nonfinite:
+            raise FloatingPointError(
+                f'{text}. Received: on_nonfinite="raise". The anchor is finite, made without that '
+                "replica. Lower the inner learning rate, clip gradients (clipnorm on the inner "
+                "optimizer) or look for bad examples in its data; or leave such replicas out of "
+                'the block with on_nonfinite="skip".'
+            )
+        if len(bad) == len(firsts):
+            raise FloatingPointError(
+                f'{text}. Received: on_nonfinite="skip", and no replica is left for the mean. '
+                "Lower the inner learning rate, or clip gradients (clipnorm on the inner "
+                "optimizer)."
+            )
+        self.skipped += len(bad)
+        warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=2)
 
     # -- what is compiled ---------------------------------------------------------------------
 
-    def _cross_replica_boundary(self, ended):
-        counts = self._strategy.run(self._replica_boundary, args=(ended,))
-        return self._strategy.experimental_local_results(counts)[0]
+    def _cross_replica_boundary(self, ended, stopping):
+        status = self._strategy.run(self._replica_boundary, args=(ended, stopping))
+        return self._strategy.experimental_local_results(status)[0]
 
-    def _replica_boundary(self, ended):
-        """Ends this replica's block; returns how many replicas' data has ended."""
+    def _replica_boundary(self, ended, stopping):
+        """Ends this replica's block. Returns, of all replicas: how many were averaged, how
+        many replicas' data has ended, how many ask to stop; then for each replica 0, or the
+        number of its first tensor that is not finite."""
         optimizer = self._block_momentum
         took_steps = tf.convert_to_tensor(self._steps) > 0
         self._steps.assign(tf.zeros_like(self._steps))
-        counts = None
+        context = tf.distribute.get_replica_context()
+        replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
+        status: tf.Tensor = None
+        first: tf.Tensor = None
 
         def mean(tensors):
-            nonlocal counts
+            nonlocal status, first
+            finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
+            first = tf.where(
+                tf.logical_and(took_steps, tf.logical_not(tf.reduce_all(finite))),
+                tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32),
+                0,
+            )
+            taking_part = tf.logical_and(took_steps, first == 0)
             # Counts in a dtype that is on the wire anyway; bfloat16 counts to 256 only.
             wire = tensors[0].dtype if tensors else tf.float32
             wire = tf.float32 if wire == tf.bfloat16 else wire
-            header = [tf.cast(flag, wire) for flag in (took_steps, ended)]
+            flags = [tf.cast(flag, wire) for flag in (taking_part, ended, stopping)]
+            header = tf.concat(
+                [flags, tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire)], axis=0
+            )
             # Not by multiplying: a replica that is left out may hold anything.
-            sent = [tf.where(took_steps, t, tf.zeros_like(t)) for t in tensors]
-            *sums, active, counts = sum_over_replicas([*sent, *header])
+            sent = [tf.where(taking_part, t, tf.zeros_like(t)) for t in tensors]
+            *sums, status = sum_over_replicas([*sent, header])
+            active = status[0]
             share = tf.math.reciprocal(tf.maximum(active, 1))
             return [total * tf.cast(share, total.dtype) for total in sums], active > 0
 
         optimizer.end_block(mean, self._averaged)
-        return counts
+        if self._skip_nonfinite:
+            tf.cond(first > 0, lambda: _make_finite(optimizer), lambda: None)
+        return status
+
+
+def _make_finite(optimizer):
+    """Rids a replica's inner state of NaN and infinity, which would return at every step."""
+    inner = optimizer.inner_optimizer
+    averages = {id(v): w for v, w in _keras.moving_averages(inner, optimizer.trained_variables)}
+    for v in inner.variables:
+        if tf.as_dtype(v.dtype).is_floating:
+            value = tf.convert_to_tensor(v)
+            instead = averages.get(id(v), tf.zeros_like(value))
+            v.assign(tf.where(tf.math.is_finite(value), value, instead))
 
 
 def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
@@ -318,6 +471,15 @@ def resolve_jit(jit_compile):
         return jit_compile
     raise ValueError(
         f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}.'
+    )
+
+
+def check_on_nonfinite(on_nonfinite):
+    """Returns `on_nonfinite` if it is one of the two."""
+    if on_nonfinite in ("raise", "skip"):
+        return on_nonfinite
+    raise ValueError(
+        f'`on_nonfinite` must be "raise" or "skip". Received: on_nonfinite={on_nonfinite!r}.'
     )
 
 

@@ -254,6 +254,11 @@ class BlockMomentum(_keras.LocalUpdate):
         return int(self._blocks.numpy())
 
     @property
+    def trained_variables(self):
+        """The variables it was built with."""
+        return self._trainable_variables
+
+    @property
     def _blocks(self):
         return _keras.track_block_count(self)
 

@@ -148,6 +148,16 @@ class MultiDeviceBlockStrategy(BlockStrategy, tf.distribute.MirroredStrategy):
     """
 
 
+def worker_of(strategy):
+    """Returns (index, count): which of how many workers this process is."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    if resolver is None or not resolver.cluster_spec():
+        return 0, 1
+    cluster = resolver.cluster_spec().as_dict()
+    tasks = [(k, i) for k in ("chief", "worker") for i in range(len(cluster.get(k, [])))]
+    return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
+
+
 def sum_over_replicas(tensors):
     """Sums each tensor over all replicas, in replica context: one all-reduce per dtype.
 

@@ -1,0 +1,519 @@
+"""BlockBackup: every worker's exact state on disk, and a fit that goes on from it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import warnings
+import zipfile
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_blockmomentum import _keras, progress
+from tf_blockmomentum.callback import (
+    BlockTraining,
+    give_replicas_different_seeds,
+    keep_seeds,
+    replica_ids,
+)
+from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.strategy import sum_over_replicas, worker_of
+
+_PIECE = re.compile(r"worker-(\d+)-of-(\d+)\.npz")
+_OFFERED = 16  # newest backups a worker offers to the others when fit begins
+
+
+class BlockBackup(keras.callbacks.Callback):
+    """Backs up the exact state of training, and goes on from it in the next fit.
+
+    Put it last in the list of callbacks, on every worker. Each worker writes a file of its
+    own: for each of its replicas the weights, anchor, velocity, inner optimizer state,
+    statistics, seed states and metrics; learning rate, epoch, step and position in the data.
+    When fit begins, the workers agree on the newest backup that all of them have finished,
+    restore it and go on in the middle of the epoch. A fit that was stopped and resumed so
+    ends in the same weights, bit for bit, as one that never stopped, given the same script,
+    workers, devices and deterministic operations (CPUs are; see
+    `tf.config.experimental.enable_op_determinism` for GPUs).
+
+    Position in the data: of a fit without a strategy, tf.data's own iterator checkpoint where
+    the dataset supports it (a shuffle's buffer is then in the backup). Else, and always under
+    a strategy, whose iterators TensorFlow cannot checkpoint, batches are taken and thrown
+    away up to the position; iterators of earlier epochs are made and thrown away for their
+    seeds. Both are exact for a dataset that gives the same again in a new process: shuffled
+    with a seed, or after `keras.utils.set_random_seed`. With `steps_per_epoch` over a dataset
+    that repeats, skipping starts from the very first batch.
+
+    Another number of workers (their directory must be shared): weights, anchor, velocity,
+    statistics, learning rate and counters are taken as they are, and metrics summed; replica
+    j takes the inner optimizer state of the former replica j modulo their number; seeds are
+    made different again; local steps since the last boundary are dropped.
+
+    Args:
+        directory: where to write, one directory per fit; shared by the workers, or each
+            machine's own if their number stays the same. Holds `epoch-E-step-S/worker-I-of-P.npz`
+            and its SHA-256.
+        every: blocks between backups within an epoch; None: only at the ends of epochs. With
+            `steps_per_execution` that does not divide the block, at the next batch end. In an
+            epoch in which some worker's data has ended already, none until its end.
+        keep: complete backups to keep, at least 1; one more is on disk.
+        callbacks: callbacks of the same fit whose progress is to be restored too, such as
+            EarlyStopping and ReduceLROnPlateau: numbers, strings and lists of arrays among
+            their attributes that fit has changed.
+
+    Cost: on every worker the time to write its replicas' state, during which all wait, and
+    the host memory of the largest variable. Disk: `keep + 1` times that state.
+
+    Lost on failure: the blocks since the last complete backup. A torn, missing or changed
+    piece makes its backup not count, with a warning. History, and the state of Python's and
+    NumPy's random generators are not in a backup.
+
+    Not for: sharing trained models (use `model.save`).
+
+    Raises:
+        ValueError: an argument out of range; in fit, no BlockTraining before it, a backup of
+            another model, or of another `steps_per_execution`.
+        OSError: a backup cannot be written; the backups before it remain.
+    """
+
+    def __init__(self, directory, every=None, keep=2, callbacks=()):
+        super().__init__()
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(
+                "`every` must be a number of blocks of at least 1, or None for the ends of epochs "
+                f"only. Received: every={every!r}."
+            )
+        if not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"`keep` must be at least 1. Received: keep={keep!r}.")
+        self.directory = pathlib.Path(directory)
+        self.every = every
+        self.keep = keep
+        self._callbacks = list(callbacks)
+        self._metrics: list = []  # (part of a variable, value) for when fit has reset them
+
+    # -- Keras calls these ----------------------------------------------------------------------
+
+    def on_train_begin(self, logs=None):
+        model = self.model
+        training = getattr(model.train_function, "__self__", None)
+        if not isinstance(training, BlockTraining):
+            raise ValueError(
+                "BlockBackup needs BlockTraining in the same fit. Received: callbacks without it. "
+                "Use callbacks=[tfbm.BlockTraining(), ..., tfbm.BlockBackup(directory)]."
+            )
+        self._strategy = model.distribute_strategy
+        self._epochs = _keras.epochs_of(model)
+        self._loop = training.ready_loop(self._epochs.element_spec)
+        self._optimizer = find(model.optimizer)
+        self._worker, self._workers = worker_of(self._strategy)
+        self._replicas = replica_ids(self._strategy)
+        self._variables = _variables(model, self._loop)
+        self._begun_with = [_plain(vars(callback)) for callback in self._callbacks]
+        self._restore(self._newest())
+        self._last_blocks = self._optimizer.blocks
+
+    def on_epoch_begin(self, epoch, logs=None):
+        for part, value in self._metrics:
+            part.assign(value)
+        self._metrics = []
+        self._epoch = epoch
+        _keras.set_initial_epoch(self.model, None)
+
+    def on_train_batch_end(self, batch, logs=None):
+        due = self.every and self._optimizer.blocks >= self._last_blocks + self.every
+        # A worker whose data has ended is not here and could not write its piece.
+        if due and not self._loop.some_ended and not self.model.stop_training:
+            self._save(self._epoch, batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._save(epoch + 1, 0)
+
+    def on_train_end(self, logs=None):
+        _keras.set_initial_epoch(self.model, None)
+
+    # -- saving -----------------------------------------------------------------------------------
+
+    def _save(self, epoch, step):
+        progress.note("writes a backup")
+        iterator, batches, one_more = self._loop.batches
+        epochs = self._epochs.state(epoch_ended=step == 0)
+        meta = {
+            "format": 1,
+            "run": self._run,
+            "worker": self._worker,
+            "workers": self._workers,
+            "replicas": self._replicas,
+            "all_replicas": self._strategy.num_replicas_in_sync,
+            "epoch": epoch,
+            "step": step,
+            "steps": self.params["steps"],
+            "position": self._loop.position,
+            "batches": 0 if epochs["fresh"] else batches,
+            "epochs": epochs,
+            "stopped": bool(self.model.stop_training),
+            "variables": _describe(self._variables),
+            "callbacks": [],
+        }
+        arrays: dict = {}
+        for n, (callback, before) in enumerate(
+            zip(self._callbacks, self._begun_with, strict=True)
+        ):
+            now = _plain(vars(callback))
+            meta["callbacks"].append({k: v for k, v in now.items() if before.get(k, ...) != v})
+            for name, value in vars(callback).items():
+                if isinstance(value, list) and all(isinstance(a, np.ndarray) for a in value):
+                    arrays |= {f"callback-{n}/{name}/{k}": a for k, a in enumerate(value)}
+        if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
+            arrays |= _position_of(iterator)
+
+        def members():
+            yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
+            yield from arrays.items()
+            for i, variable in enumerate(self._variables):
+                for r, part in enumerate(_parts(variable, self._strategy)):
+                    yield f"{r}/{i}", _to_bytes(part.numpy())
+
+        directory = self.directory / f"epoch-{epoch:06d}-step-{step:09d}"
+        path = directory / f"worker-{self._worker}-of-{self._workers}.npz"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _write(path, members())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.with_suffix(".tmp").unlink()
+            raise OSError(
+                f"BlockBackup could not write {path}: {error.strerror or error}. Training cannot "
+                "go on safely without its backups. Free some space or give another directory; "
+                "started again, training goes on from the last complete backup."
+            ) from error
+        self._last_blocks = self._optimizer.blocks
+        self._prune()
+        progress.note("wrote a backup")
+
+    def _prune(self):
+        """Removes this worker's oldest pieces. All workers finished the backup before this one,
+        or this worker could not have come to its boundary: so `keep` complete ones remain."""
+        own = f"worker-{self._worker}-of-*"
+        finished = [d for d in self._backups() if list(d.glob(f"{own}.npz.sha256"))]
+        for directory in finished[self.keep + 1 :]:
+            patterns = [own]
+            if self._worker == 0:  # those of workers that are no more
+                indices = {p.name.split("-")[1] for p in directory.glob("worker-*-of-*")}
+                patterns += [f"worker-{i}-of-*" for i in indices if int(i) >= self._workers]
+            with contextlib.suppress(OSError):  # another worker may be removing it too
+                for path in [p for pattern in patterns for p in directory.glob(pattern)]:
+                    path.unlink()
+                directory.rmdir()
+
+    def _backups(self):
+        """Directories of backups, the newest first."""
+        return sorted(self.directory.glob("epoch-*-step-*"), reverse=True)
+
+    # -- restoring --------------------------------------------------------------------------------
+
+    def _newest(self):
+        """Agrees with the other workers on the newest backup; returns its pieces, or None."""
+        found, problems = {}, {}
+        for directory in self._backups():
+            for workers in _counts(directory):
+                try:
+                    pieces = self._open(directory, workers)
+                except _Damaged as error:
+                    problems[directory.name] = str(error)
+                else:
+                    name = f"{directory.name} of {workers} workers, run {pieces[0].meta['run']}"
+                    found[name] = pieces
+        offered = dict(list(found.items())[:_OFFERED])
+        hashes = {_hash(name): name for name in offered}
+        rows, self._run = _exchange(self._strategy, list(hashes))
+        common = [name for key, name in hashes.items() if all(key in row for row in rows)]
+        chosen = found[common[0]] if common else None
+        newest = chosen[0].path.parent.name if chosen else ""
+        for directory in self._backups():
+            if directory.name > newest:
+                reason = problems.get(directory.name, "another worker's piece is not whole")
+                warnings.warn(
+                    f"BlockBackup: {directory} does not count: {reason}. Going back to "
+                    f"{newest or 'the beginning'}.",
+                    stacklevel=2,
+                )
+        return chosen
+
+    def _open(self, directory, workers):
+        """This worker's piece of a backup if nothing has changed; else the pieces of all."""
+        if workers == self._workers:
+            piece = _Piece(directory / f"worker-{self._worker}-of-{workers}.npz")
+            if self._is_ours(piece):
+                return [piece]
+        pieces = [_Piece(directory / f"worker-{i}-of-{workers}.npz") for i in range(workers)]
+        if len({piece.meta["run"] for piece in pieces}) > 1:
+            raise _Damaged("its pieces are of different runs")
+        return pieces
+
+    def _is_ours(self, piece):
+        return piece.meta["replicas"] == self._replicas and (
+            piece.meta["all_replicas"] == self._strategy.num_replicas_in_sync
+        )
+
+    def _restore(self, pieces):
+        if pieces is None:
+            return
+        meta, model = pieces[0].meta, self.model
+        self._check(pieces[0])
+        step, batches = meta["step"], meta["batches"]
+        values = self._same(pieces[0])
+        exact = self._is_ours(pieces[0])
+        if not exact:
+            values = self._redistributed(pieces)
+            old, new = meta["steps"] or 1, self.params["steps"] or meta["steps"] or 1
+            step, batches = step * new // old, batches * new // old
+        if step % model.steps_per_execution:
+            if exact:
+                raise ValueError(
+                    f"{pieces[0].path} was written at step {step} of its epoch, which "
+                    "steps_per_execution does not divide. Received: steps_per_execution="
+                    f"{model.steps_per_execution}. Compile with the former one."
+                )
+            step -= step % model.steps_per_execution
+        metrics = {id(v) for m in model.metrics for v in m.variables}
+        self._metrics = []
+        for variable, parts in zip(self._variables, values, strict=True):
+            for part, value in zip(_parts(variable, self._strategy), parts, strict=True):
+                part.assign(value)
+                if step and id(variable) in metrics:
+                    self._metrics.append((part, value))
+        for generator in _keras.seed_generators(model):
+            if exact:
+                keep_seeds(generator, self._strategy)
+            else:
+                generator._tfbm_seed = None
+                give_replicas_different_seeds(generator, self._strategy)
+        if exact:
+            self._loop.go_on(meta["position"])
+        else:
+            self._optimizer.discard_block()
+        self._restore_callbacks(pieces[0])
+
+        def restore_position(iterator):
+            data = pieces[0] if exact and isinstance(iterator, tf.data.Iterator) else {}
+            if "data/index" in data:
+                _set_position(iterator, data)
+                self._loop.skip(iterator, 0, taken=batches)
+            else:
+                self._loop.skip(iterator, batches)
+
+        self._epochs.resume(meta["epochs"], step, restore_position)
+        over = meta["stopped"] and step == 0
+        _keras.set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
+        if self._worker == 0:
+            what = "" if exact else f" of {meta['workers']} workers on {self._workers}"
+            how = "" if exact else ": each replica's own state taken from another or made anew"
+            print(
+                f"BlockBackup: going on from {pieces[0].path.parent}{what}, epoch "
+                f"{meta['epoch'] + 1}, step {step}{how}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _check(self, piece):
+        """Raises ValueError if the backup is of another model."""
+        theirs, ours = piece.meta["variables"], _describe(self._variables)
+        for n, (a, b) in enumerate(zip(theirs, ours, strict=False)):
+            if a[1:] != b[1:]:
+                raise ValueError(
+                    f"{piece.path} is a backup of another model. Received: variable {n}, "
+                    f"{b[0]!r} of shape {b[1]} and type {b[2]}, for {a[0]!r} of shape {a[1]} and "
+                    f"type {a[2]}. Use another directory for another model, or empty this one."
+                )
+        if len(theirs) != len(ours):
+            raise ValueError(
+                f"{piece.path} is a backup of another model. Received: a model, optimizer and "
+                f"metrics of {len(ours)} variables, for {len(theirs)}. Use another directory for "
+                "another model, or empty this one."
+            )
+
+    def _same(self, piece):
+        """For every variable, the values of this worker's replicas."""
+        for i, (_, shape, dtype) in enumerate(piece.meta["variables"]):
+            yield [
+                _from_bytes(piece[f"{r}/{i}"], shape, dtype) for r in range(len(self._replicas))
+            ]
+
+    def _redistributed(self, pieces):
+        """As `_same`, from the pieces of other workers."""
+        old = {r: (p, k) for p in pieces for k, r in enumerate(p.meta["replicas"])}
+        metrics = {id(v) for m in self.model.metrics for v in m.variables}
+        shared = {id(g.state) for g in _keras.seed_generators(self.model)}
+        anew = {id(v) for v in self._loop.variables}
+        for i, variable in enumerate(self._variables):
+            _, shape, dtype = pieces[0].meta["variables"][i]
+
+            def value(replica, i=i, shape=shape, dtype=dtype):
+                piece, k = old[replica]
+                return _from_bytes(piece[f"{k}/{i}"], shape, dtype)
+
+            if id(variable) in metrics:  # sums over the replicas
+                first = self._replicas[0] == 0
+                zero = np.zeros_like(value(0))
+                total = sum((value(r) for r in old), zero) if first else zero
+                yield [total if r == 0 else zero for r in self._replicas]
+            elif id(variable) in anew:
+                yield [np.zeros_like(value(0)) for _ in self._replicas]
+            else:
+                same = id(variable) in shared
+                yield [value(0 if same else r % len(old)) for r in self._replicas]
+
+    def _restore_callbacks(self, piece):
+        for n, (callback, changed) in enumerate(
+            zip(self._callbacks, piece.meta["callbacks"], strict=False)
+        ):
+            vars(callback).update(changed)
+            lists: dict = {}
+            for name in piece:
+                owner, _, rest = name.partition("/")
+                if owner == f"callback-{n}":
+                    lists.setdefault(rest.rpartition("/")[0], []).append(piece[name])
+            vars(callback).update(lists)
+
+
+# -- one worker's file ---------------------------------------------------------------------------
+
+
+class _Damaged(Exception):
+    """A piece is not there, or not as it was written."""
+
+
+class _Piece(dict):
+    """The arrays of one worker's file, read when asked for, whose checksum was right."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            expected = path.with_suffix(".npz.sha256").read_text().split()
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise _Damaged(f"{path.name} is missing or was not finished") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise _Damaged(f"{path.name} cannot be read ({error})") from error
+        if expected[:1] != [digest]:
+            raise _Damaged(f"{path.name} is torn or changed: its SHA-256 is not the one noted")
+        self._file = np.load(path, allow_pickle=False)
+        super().__init__(dict.fromkeys(self._file.files))
+        self.meta = json.loads(self["meta"].tobytes())
+        if self.meta.get("format") != 1:
+            raise _Damaged(f"{path.name} is of a format this version does not know")
+
+    def __getitem__(self, name):
+        return self._file[name]
+
+
+def _write(path, members):
+    """Writes an npz and then its checksum, each under another name first: the checksum's
+    presence says that the file is whole."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb+") as file:
+        with zipfile.ZipFile(file, "w") as archive:  # np.savez, but one array at a time
+            for name, array in members:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    os.replace(temporary, path)
+    temporary.write_text(f"{digest}  {path.name}\n")
+    os.replace(temporary, path.with_suffix(".npz.sha256"))
+
+
+def _counts(directory):
+    """Of how many workers there are pieces in a backup's directory."""
+    matches = (_PIECE.fullmatch(path.name) for path in directory.iterdir())
+    return sorted({int(match[2]) for match in matches if match})
+
+
+# -- state ---------------------------------------------------------------------------------------
+
+
+def _variables(model, loop):
+    """All state of a training: the model's, the optimizer's, the metrics', the loop's."""
+    metrics = [v for metric in model.metrics for v in metric.variables]
+    found = [*model.variables, *model.optimizer.variables, *metrics, *loop.variables]
+    return list({id(v): v for v in found}.values())
+
+
+def _parts(variable, strategy):
+    """A variable's copies on this worker's replicas."""
+    if isinstance(variable, keras.Variable):
+        variable = variable.value
+    return strategy.experimental_local_results(variable)
+
+
+def _describe(variables):
+    return [
+        [getattr(v, "path", v.name), list(v.shape), tf.as_dtype(v.dtype).name] for v in variables
+    ]
+
+
+def _to_bytes(array):
+    """NumPy's format does not know bfloat16 and its like."""
+    return array if array.dtype.kind in "biuf" else np.frombuffer(array.tobytes(), np.uint8)
+
+
+def _from_bytes(array, shape, dtype):
+    dtype = tf.as_dtype(dtype).as_numpy_dtype
+    return array if array.dtype == dtype else np.frombuffer(array.tobytes(), dtype).reshape(shape)
+
+
+def _plain(attributes):
+    """Those attributes that JSON keeps as they are."""
+    scalars = {k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()}
+    return {k: v for k, v in scalars.items() if isinstance(v, int | float | str | type(None))}
+
+
+def _position_of(iterator):
+    """tf.data's own checkpoint of an iterator, as arrays; nothing if it cannot be had."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            path = tf.train.Checkpoint(iterator=iterator).write(f"{directory}/data")
+        except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError, ValueError):
+            return {}
+        files = pathlib.Path(directory).glob("data.*")
+        return {
+            f"data/{file.name.partition('.')[2]}": np.frombuffer(file.read_bytes(), np.uint8)
+            for file in files
+            if file.name.startswith(pathlib.Path(path).name)
+        }
+
+
+def _set_position(iterator, piece):
+    with tempfile.TemporaryDirectory() as directory:
+        for name in piece:
+            if name.startswith("data/"):
+                pathlib.Path(directory, f"data.{name[5:]}").write_bytes(piece[name].tobytes())
+        tf.train.Checkpoint(iterator=iterator).read(f"{directory}/data").assert_consumed()
+
+
+def _hash(name):
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+
+
+def _exchange(strategy, numbers):
+    """Gives every worker what each replica's worker offers, and all one random number: a
+    single all-reduce."""
+    replicas = strategy.num_replicas_in_sync
+    own = [int.from_bytes(os.urandom(7), "big"), *numbers, *[0] * (_OFFERED - len(numbers))]
+
+    def replica(row):
+        number = tf.distribute.get_replica_context().replica_id_in_sync_group
+        place = tf.one_hot(number, replicas, dtype=row.dtype)
+        return sum_over_replicas([place[:, tf.newaxis] * row])[0]
+
+    exchange = tf.function(lambda row: strategy.run(replica, args=(row,)), autograph=False)
+    rows = strategy.experimental_local_results(exchange(tf.constant(own, tf.int64)))[0].numpy()
+    return [set(row[1:].tolist()) for row in rows], int(rows[0, 0])

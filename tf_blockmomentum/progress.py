@@ -1,0 +1,67 @@
+"""What a worker tells the launcher about itself: one line in a small file.
+
+The launcher names the file in the environment. Without a launcher nothing is written.
+"""
+
+import os
+import sys
+
+VARIABLE = "TFBM_STATUS_FILE"
+FAILED = "failed: "
+_WIDTH = 240  # bytes; of fixed length, so that a line is replaced as a whole
+
+
+class _Reporter:
+    """Writes "<count> <text>" over the file's only line."""
+
+    def __init__(self, path):
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._count = 0
+
+    def note(self, text):
+        self._count += 1
+        line = " ".join(f"{self._count} {text}".split()).encode()[: _WIDTH - 1]
+        os.pwrite(self._descriptor, line.ljust(_WIDTH - 1) + b"\n", 0)
+
+
+_reporter: _Reporter | None = None
+
+
+def install():
+    """Starts reporting, if a launcher asks for it."""
+    global _reporter
+    path = os.environ.get(VARIABLE)
+    if path and _reporter is None:
+        _reporter = _Reporter(path)
+        sys.excepthook = _end_at_once(sys.excepthook)
+
+
+def note(text):
+    """Says what this worker does now; each call counts as progress."""
+    if _reporter is not None:
+        _reporter.note(text)
+
+
+def read(path):
+    """What the worker of a file said last: (count, text); (0, "...") if nothing yet."""
+    try:
+        with open(path, "rb") as file:
+            count, _, text = file.read().decode(errors="replace").strip().partition(" ")
+        return int(count), text
+    except (OSError, ValueError):
+        return 0, "starting"
+
+
+def _end_at_once(excepthook):
+    """An uncaught exception ends the process at once, after its traceback: TensorFlow's own
+    way out waits for the other workers, who wait for this one."""
+
+    def hook(kind, error, traceback):
+        excepthook(kind, error, traceback)
+        lines = str(error).strip().splitlines()
+        note(f"{FAILED}{kind.__name__}: {lines[0] if lines else ''}")
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    return hook
