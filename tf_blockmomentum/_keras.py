@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_blockmomentum import progress
 from tf_blockmomentum.strategy import BlockStrategy, check_global_batch
 
 _Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
@@ -204,10 +205,12 @@ def install(make_test_function):
             return original(self, force=force)
 
     def _get_metrics_result_or_logs(self, original, logs):
+        progress.note("waits for the metrics of all workers")
         training: Any = getattr(self.train_function, "__self__", None)
         if hasattr(training, "before_epoch_logs"):
             training.before_epoch_logs()
         result = original(self, logs)
+        progress.note("has the metrics of all workers")
         if result is logs:  # not metrics: what a train_step or test_step of the user's returned
             return self.distribute_strategy.reduce("MEAN", logs)
         return result
@@ -319,3 +322,22 @@ def _without_jit(model):
         yield
     finally:
         model._jit_compile = before
+
+
+# -- TensorFlow -------------------------------------------------------------------------------
+
+
+def set_heartbeat(seconds):
+    """How long a worker may be silent before TensorFlow takes it for dead.
+
+    The strategy configures the coordination service itself and has no argument for it, and
+    TensorFlow has no public function: only its context object takes the number.
+    """
+    from tensorflow.python.eager import context
+
+    context = context.context()
+    context.configure_coordination_service = functools.partial(
+        type(context).configure_coordination_service,
+        context,
+        heartbeat_timeout_in_ms=int(1000 * seconds),
+    )

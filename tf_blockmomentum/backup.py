@@ -515,5 +515,7 @@ def _exchange(strategy, numbers):
         return sum_over_replicas([place[:, tf.newaxis] * row])[0]
 
     exchange = tf.function(lambda row: strategy.run(replica, args=(row,)), autograph=False)
+    progress.note("waits to agree on a backup")
     rows = strategy.experimental_local_results(exchange(tf.constant(own, tf.int64)))[0].numpy()
+    progress.note("agreed on a backup")
     return [set(row[1:].tolist()) for row in rows], int(rows[0, 0])

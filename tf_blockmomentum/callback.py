@@ -5,7 +5,7 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum import _keras
+from tf_blockmomentum import _keras, progress
 from tf_blockmomentum.loop import (
     BlockLoop,
     check_on_nonfinite,
@@ -179,6 +179,7 @@ def make_test_function(model):
     def test_function(iterator):
         with _eagerly(model.run_eagerly), explaining_xla(jit_compile):
             taken, logs, _ = local_steps(iterator, model.steps_per_execution)
+        progress.note("evaluates")
         if not taken:
             raise StopIteration
         return logs

@@ -5,6 +5,8 @@ The launcher names the file in the environment. Without a launcher nothing is wr
 
 import os
 import sys
+import threading
+import time
 
 VARIABLE = "TFBM_STATUS_FILE"
 FAILED = "failed: "
@@ -30,10 +32,18 @@ _reporter: _Reporter | None = None
 def install():
     """Starts reporting, if a launcher asks for it."""
     global _reporter
-    path = os.environ.get(VARIABLE)
+    path = os.environ.pop(VARIABLE, None)  # not for processes that this one starts
     if path and _reporter is None:
         _reporter = _Reporter(path)
         sys.excepthook = _end_at_once(sys.excepthook)
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent):
+    """A launcher that was killed cannot end its workers; they would wait for each other."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def note(text):
@@ -58,8 +68,10 @@ def _end_at_once(excepthook):
 
     def hook(kind, error, traceback):
         excepthook(kind, error, traceback)
-        lines = str(error).strip().splitlines()
-        note(f"{FAILED}{kind.__name__}: {lines[0] if lines else ''}")
+        lines = str(error).strip().splitlines() or [""]
+        # TensorFlow's errors begin with "Graph execution error" and a traceback.
+        line = next((line for line in lines if "aborted by" in line), lines[0])
+        note(f"{FAILED}{kind.__name__}: {line}")
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)

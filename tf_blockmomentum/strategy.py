@@ -13,6 +13,8 @@ import os
 
 import tensorflow as tf
 
+from tf_blockmomentum import progress
+
 
 def _per_replica_creator(next_creator, **kwargs):
     """Variable creator: what would be mirrored becomes per-replica.
@@ -115,6 +117,13 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
     def __init__(self, cluster_resolver=None, communication_options=None):
         if cluster_resolver is None:
             _check_tf_config(os.environ.get("TF_CONFIG"))
+        heartbeat = os.environ.get("TFBM_HEARTBEAT")
+        if heartbeat:
+            # Both import this module; and the cluster starts with the lines below.
+            from tf_blockmomentum import _keras
+
+            _keras.set_heartbeat(float(heartbeat))
+        progress.note("waits for the other workers to start")
         try:
             super().__init__(
                 cluster_resolver=cluster_resolver, communication_options=communication_options
@@ -128,6 +137,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
                 "a dataset or a model). Move the strategy's line to the top of the script, "
                 "right after the imports."
             ) from error
+        progress.note("has joined the other workers")
 
 
 class MultiDeviceBlockStrategy(BlockStrategy, tf.distribute.MirroredStrategy):
