@@ -13,7 +13,7 @@ if "tf_blockmomentum.launch" in _sys.orig_argv or (
 else:
     from tf_blockmomentum import progress as _progress
     from tf_blockmomentum.backup import BlockBackup
-    from tf_blockmomentum.callback import BlockTraining
+    from tf_blockmomentum.callback import BlockTraining, ChiefOnly
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
@@ -25,6 +25,7 @@ else:
         "BlockLoop",
         "BlockMomentum",
         "BlockTraining",
+        "ChiefOnly",
         "MultiDeviceBlockStrategy",
         "MultiWorkerBlockStrategy",
     ]

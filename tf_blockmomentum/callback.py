@@ -14,6 +14,7 @@ from tf_blockmomentum.loop import (
     resolve_jit,
 )
 from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.strategy import worker_of
 
 
 class BlockTraining(keras.callbacks.Callback):
@@ -80,7 +81,11 @@ class BlockTraining(keras.callbacks.Callback):
         block_momentum.check_same_scope("model", model.distribute_strategy)
         # A fit leaves its callback's `_not_fitting` on the model; compile takes it away.
         earlier = getattr(model.train_function, "__self__", None)
-        if isinstance(earlier, BlockTraining) and earlier.jit_compile == self.jit_compile:
+        settings = (self.jit_compile, self.on_nonfinite)
+        if isinstance(earlier, BlockTraining) and settings == (
+            earlier.jit_compile,
+            earlier.on_nonfinite,
+        ):
             self._loop = earlier._loop  # compiled already
         else:
             self._loop = None
@@ -168,6 +173,49 @@ class BlockTraining(keras.callbacks.Callback):
             "callbacks=[tfbm.BlockTraining()]. Without it replicas would train without ever "
             "being averaged. For stock training, compile with another optimizer."
         )
+
+
+class ChiefOnly(keras.callbacks.Callback):
+    """Runs a callback that writes files on the first worker only.
+
+    For ModelCheckpoint, CSVLogger, TensorBoard and the like, whose copies on several workers
+    would write to the same path at the same time. They read weights without communication,
+    so the first worker may do so alone, and at the end of an epoch all replicas have the
+    same. A callback that evaluates the model or stops training must run on all workers, as
+    EarlyStopping, ReduceLROnPlateau and TerminateOnNaN do: not for this.
+
+    Args:
+        callback: a Keras callback; on other workers none of its methods is called.
+
+    Example:
+
+    >>> checkpoint = tfbm.ChiefOnly(keras.callbacks.ModelCheckpoint("best.keras"))
+    """
+
+    def __init__(self, callback):
+        super().__init__()
+        self.callback = callback
+        self._calls = True
+
+    def set_model(self, model):
+        super().set_model(model)
+        self._calls = worker_of(model.distribute_strategy)[0] == 0
+        if self._calls:
+            self.callback.set_params(self.params)
+            self.callback.set_model(model)
+
+
+def _passed_on(hook):
+    def method(self, *args, **kwargs):
+        if self._calls:
+            getattr(self.callback, hook)(*args, **kwargs)
+
+    return method
+
+
+for _hook in dir(keras.callbacks.Callback):
+    if _hook.startswith("on_"):
+        setattr(ChiefOnly, _hook, _passed_on(_hook))
 
 
 def make_test_function(model):
