@@ -226,14 +226,14 @@ def test_elastic(tmp_path):
     assert times_failed(tmp_path) == [2]
     assert "restart 1 of 3, workers: 3" in printed
     assert "restart 2 of 3, workers: 2" in printed
-    assert "of 3 workers on 2" in printed
+    assert "of 3 workers (3 replicas) on 2 (2): weights, anchor" in printed
     assert len(results) == 2
     # 8 steps of 3 workers in blocks of 3, of which 2 were dropped, then 12 more.
     assert [r[""]["blocks"] for r in results] == [8, 8]
     assert results[0][""]["logs"] == results[1][""]["logs"]
 
 
-# -- the launcher alone, with scripts that need no TensorFlow --------------------------------------
+# -- the launcher alone, with scripts that need no TensorFlow -------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -375,11 +375,11 @@ def test_wrong_options(monkeypatch, capsys, options, outside, problem):
 
 def test_slurm_outside_slurm(monkeypatch):
     monkeypatch.delenv("SLURM_PROCID", raising=False)
-    with pytest.raises(SystemExit, match="--slurm works inside a Slurm step. Received: .*SLURM"):
+    with pytest.raises(SystemExit, match=r"--slurm works inside a Slurm step. Received: .*SLURM"):
         launch.main(["--slurm", __file__])
 
 
-# -- damaged backups, in this process --------------------------------------------------------------
+# -- damaged backups, in this process -------------------------------------------------------------
 
 
 def fit(strategy, directory, epochs=1, stop_at=None, **settings):
@@ -388,7 +388,9 @@ def fit(strategy, directory, epochs=1, stop_at=None, **settings):
     with scope(strategy):
         model = classifier(dropout=True)
         inner = keras.optimizers.Adam(0.01)
-        model.compile(tfbm.BlockMomentum(inner, sync_period=3), crossentropy(), metrics=["mae"])
+        model.compile(
+            tfbm.BlockMomentum(inner, sync_period=3), crossentropy(), metrics=["accuracy"]
+        )
     callbacks = [tfbm.BlockTraining(), tfbm.BlockBackup(directory, every=1, **settings)]
     if stop_at:
         callbacks.append(
@@ -420,6 +422,19 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A fit that stopped after two backups, and what one that did not comes to."""
+    out = tmp_path_factory.mktemp("one_process")
+    fit(None, out / "stopped", stop_at=7)
+    return {"stopped": out / "stopped", "weights": fit(None, out / "never").get_weights()}
+
+
+def same_weights(these, those):
+    for w, v in zip(these, those, strict=True):
+        np.testing.assert_array_equal(w, v)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -430,27 +445,28 @@ def truncate(path):
     ],
     ids=["bit flip", "truncated", "no piece", "no checksum"],
 )
-def test_damaged(tmp_path, damage, reason):
-    expected = fit(None, tmp_path / "never")
-    fit(None, tmp_path / "stopped", stop_at=7)
-    first, last = pieces(tmp_path / "stopped")
+def test_damaged(tmp_path, one_process, damage, reason):
+    directory = tmp_path / "stopped"
+    shutil.copytree(one_process["stopped"], directory)
+    first, last = pieces(directory)
     damage(last)
-    with pytest.warns(
-        UserWarning,
-        match=f"{last.parent.name} does not count: .*{reason}.*Going back to {first.parent.name}",
-    ):
-        model = fit(None, tmp_path / "stopped")
-    for w, v in zip(model.get_weights(), expected.get_weights(), strict=True):
-        np.testing.assert_array_equal(w, v)
-    damage(pieces(tmp_path / "stopped")[-1])
-    for path in pieces(tmp_path / "stopped")[:-1]:
+    text = f"{last.parent.name} does not count: .*{reason}.*Going back to {first.parent.name}"
+    with pytest.warns(UserWarning, match=text):
+        model = fit(None, directory)
+    same_weights(model.get_weights(), one_process["weights"])
+
+
+def test_all_damaged(tmp_path, one_process):
+    shutil.copytree(one_process["stopped"], tmp_path / "stopped")
+    for path in pieces(tmp_path / "stopped"):
         flip(path)
     with pytest.warns(UserWarning, match="Going back to the beginning"):
-        fit(None, tmp_path / "stopped", epochs=1)
+        model = fit(None, tmp_path / "stopped")
+    same_weights(model.get_weights(), one_process["weights"])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
-def test_full_disk(tmp_path):
+def test_full_disk(tmp_path, one_process):
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
@@ -463,15 +479,15 @@ def test_full_disk(tmp_path):
         assert len(pieces(backups)) == 1
         free = shutil.disk_usage(disk).free
         (disk / "other").write_bytes(b"x" * (free - 4096))
-        with pytest.raises(OSError, match="could not write .*No space left.*last complete backup"):
+        with pytest.raises(
+            OSError, match=r"could not write .*No space left.*last complete backup"
+        ):
             fit(None, backups)
         assert len(pieces(backups)) == 1
         assert not list(backups.glob("*/*.tmp"))
         (disk / "other").unlink()
         model = fit(None, backups, keep=1)
-        expected = fit(None, tmp_path / "never")
-        for w, v in zip(model.get_weights(), expected.get_weights(), strict=True):
-            np.testing.assert_array_equal(w, v)
+        same_weights(model.get_weights(), one_process["weights"])
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -499,19 +515,21 @@ def test_wrong_backup(tmp_path, strategy_of):
     fit(None, tmp_path)
     keras.utils.set_random_seed(4)
     model = classifier(features=5)
-    model.compile(tfbm.BlockMomentum(keras.optimizers.Adam(0.01)), crossentropy(), metrics=["mae"])
+    model.compile(
+        tfbm.BlockMomentum(keras.optimizers.Adam(0.01)), crossentropy(), metrics=["accuracy"]
+    )
     x, y = examples(48, features=5)
     callbacks = [tfbm.BlockTraining(), tfbm.BlockBackup(tmp_path)]
     with pytest.raises(
         ValueError, match=r"backup of another model. Received: variable 0, .*\[5, 8\]"
     ):
         model.fit(x, y, verbose=0, callbacks=callbacks)
+    model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="BlockBackup needs BlockTraining"):
-        model.compile("sgd", "mse")
         model.fit(x, y, verbose=0, callbacks=callbacks[1:])
-    with pytest.raises(ValueError, match="`every` must be .*Received: every=0"):
+    with pytest.raises(ValueError, match=r"`every` must be .*Received: every=0"):
         tfbm.BlockBackup(tmp_path, every=0)
-    with pytest.raises(ValueError, match="`keep` must be at least 1. Received: keep=0"):
+    with pytest.raises(ValueError, match=r"`keep` must be at least 1. Received: keep=0"):
         tfbm.BlockBackup(tmp_path, keep=0)
 
 
@@ -526,7 +544,7 @@ def test_keeps_some(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-# -- another number of replicas --------------------------------------------------------------------
+# -- another number of replicas -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (3, 1)])
@@ -550,11 +568,14 @@ def test_other_replicas(tmp_path, strategy_of, before, after, capfd):
     with scope(strategy):
         model = classifier(dropout=True)
         inner = keras.optimizers.Adam(0.01)
-        model.compile(tfbm.BlockMomentum(inner, sync_period=3), crossentropy(), metrics=["mae"])
+        model.compile(
+            tfbm.BlockMomentum(inner, sync_period=3), crossentropy(), metrics=["accuracy"]
+        )
     x, y = examples(96)
     callbacks = [tfbm.BlockTraining(), Look(), tfbm.BlockBackup(tmp_path, every=1)]
     model.fit(dataset(x, y, 12), verbose=0, callbacks=callbacks)
-    assert "1 workers on 1: each replica's own state taken from another" in capfd.readouterr().err
+    printed = capfd.readouterr().err
+    assert f"of 1 workers ({before} replicas) on 1 ({after}): weights, anchor" in printed
     assert seen["batch"] == 3
     assert seen["metrics"]["count"] == 3 * 12  # neither lost nor counted twice
     names = [path for path, _, _ in meta["variables"]]
@@ -603,13 +624,12 @@ def test_progress_of_callbacks(tmp_path):
     history, model = run(tmp_path / "stopped")
     assert history.epoch == [3, 4, 5]
     assert float(model.optimizer.learning_rate) == float(expected.optimizer.learning_rate) < 0.1
-    for w, v in zip(model.get_weights(), expected.get_weights(), strict=True):
-        np.testing.assert_array_equal(w, v)
+    same_weights(model.get_weights(), expected.get_weights())
     history, _ = run(tmp_path / "stopped")  # stopped early it stays
     assert history.epoch == []
 
 
-# -- poison, callbacks and uneven data -------------------------------------------------------------
+# -- poison, callbacks and uneven data ------------------------------------------------------------
 
 
 @pytest.mark.timeout(200)
@@ -670,8 +690,9 @@ def test_poison_is_raised(strategy_of):
     ]:
         with scope(strategy):
             model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
-            model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=2), "mse")
-        before = model.get_weights()
+            model.compile(
+                tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=2), crossentropy()
+            )
         with pytest.raises(FloatingPointError) as e:
             model.fit(
                 dataset(x, y, 8),
@@ -681,8 +702,7 @@ def test_poison_is_raised(strategy_of):
         assert text in str(e.value)
         assert "replica 0 in variable" in str(e.value)
         assert "replica 1 in variable" in str(e.value)
-        del before
-    with pytest.raises(ValueError, match='"raise" or "skip". Received: on_nonfinite=\'warn\''):
+    with pytest.raises(ValueError, match=r'"raise" or "skip". Received: on_nonfinite=.warn.'):
         tfbm.BlockTraining(on_nonfinite="warn")
 
 

@@ -220,7 +220,7 @@ class BlockBackup(keras.callbacks.Callback):
         """Agrees with the other workers on the newest backup; returns its pieces, or None."""
         found, problems = {}, {}
         for directory in self._backups():
-            for workers in _counts(directory):
+            for workers in _counts(directory) or [self._workers]:
                 try:
                     pieces = self._open(directory, workers)
                 except _Damaged as error:
@@ -311,14 +311,14 @@ class BlockBackup(keras.callbacks.Callback):
         over = meta["stopped"] and step == 0
         _keras.set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
         if self._worker == 0:
-            what = "" if exact else f" of {meta['workers']} workers on {self._workers}"
-            how = "" if exact else ": each replica's own state taken from another or made anew"
-            print(
-                f"BlockBackup: going on from {pieces[0].path.parent}{what}, epoch "
-                f"{meta['epoch'] + 1}, step {step}{how}",
-                file=sys.stderr,
-                flush=True,
-            )
+            text = f"BlockBackup: going on from {pieces[0].path.parent}"
+            if not exact:
+                text += (
+                    f" of {meta['workers']} workers ({meta['all_replicas']} replicas) on "
+                    f"{self._workers} ({self._strategy.num_replicas_in_sync}): weights, anchor, "
+                    "velocity and counters as they were, a replica's own state another's or new"
+                )
+            print(f"{text}; epoch {meta['epoch'] + 1}, step {step}", file=sys.stderr, flush=True)
 
     def _check(self, piece):
         """Raises ValueError if the backup is of another model."""
@@ -473,7 +473,12 @@ def _from_bytes(array, shape, dtype):
 def _plain(attributes):
     """Those attributes that JSON keeps as they are."""
     scalars = {k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()}
-    return {k: v for k, v in scalars.items() if isinstance(v, int | float | str | type(None))}
+    return {
+        k: v
+        for k, v in scalars.items()
+        # Keras turns min_delta's sign itself once it knows which way a metric improves.
+        if isinstance(v, int | float | str | type(None)) and k != "min_delta"
+    }
 
 
 def _position_of(iterator):

@@ -328,9 +328,13 @@ def _slurm_config():
     """`TF_CONFIG` of this Slurm task, from TensorFlow's resolver, in a process of its own."""
     code = (
         "import json, os, tensorflow as tf\n"
-        "r = tf.distribute.cluster_resolver.SlurmClusterResolver(auto_set_gpu=False)\n"
+        # The resolver leaves out tasks for which a node has no GPU, and knows the task's number
+        # only after cluster_spec(). Which GPUs a task sees is left to Slurm (--gpus-per-task).
+        "r = tf.distribute.cluster_resolver.SlurmClusterResolver(\n"
+        "    gpus_per_node=10**6, gpus_per_task=1, auto_set_gpu=False)\n"
+        "cluster = r.cluster_spec().as_dict()\n"
         "kind, index = r.get_task_info()\n"
-        "print(json.dumps({'cluster': r.cluster_spec().as_dict(),"
+        "print(json.dumps({'cluster': cluster,"
         " 'task': {'type': kind, 'index': index}}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -188,6 +188,11 @@ class BlockMomentum(_keras.LocalUpdate):
             anchor.assign(w)
             w.assign(anchor)
 
+    def discard_block(self):
+        """Takes the anchor for the present weights: the reverse of `restart_block`."""
+        for w, anchor in zip(self._trainable_variables, self._anchors, strict=True):
+            w.assign(anchor)
+
     def check_same_scope(self, what, strategy):
         """Raises ValueError unless `what`, of this strategy, has the same one as this."""
         own = _keras.strategy_of(self)
