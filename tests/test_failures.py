@@ -264,7 +264,7 @@ def test_signals_end_everything(tmp_path, number):
     assert processes_with(str(script)) == []
     if number != signal.SIGKILL:  # of the launcher: then each worker ends itself
         assert process.returncode == 128 + number
-        assert f"{number.name}: ended all workers" in rest
+        assert f"interrupted by {number.name}; ended all workers" in rest
 
 
 @pytest.mark.parametrize(

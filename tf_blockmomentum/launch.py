@@ -144,7 +144,7 @@ class Launcher:
                 job.end()
             number, self._signal = self._signal, None
             if number in _ENDING:
-                _say(f"{signal.Signals(number).name}: ended all workers")
+                _say(f"interrupted by {signal.Signals(number).name}; ended all workers")
                 return 128 + number
             for worker, _, reason in failures:
                 _say(f"worker {worker} {reason}")
@@ -200,10 +200,10 @@ class _Job:
                 start_new_session=True,  # a process group of its own, ended as a whole
             )
             self._processes[index] = worker
-            log = None
+            log = os.devnull
             if self._log_dir:
                 os.makedirs(self._log_dir, exist_ok=True)
-                log = open(os.path.join(self._log_dir, f"worker-{index}.log"), "a")  # noqa: SIM115
+                log = os.path.join(self._log_dir, f"worker-{index}.log")
             for source, target in ((worker.stdout, sys.stdout), (worker.stderr, sys.stderr)):
                 reader = threading.Thread(
                     target=_copy, args=(index, source, target, log), daemon=True
@@ -296,13 +296,12 @@ class _Job:
         return os.path.join(self._folder.name, f"worker-{index}")
 
 
-def _copy(index, source, target, log):
-    for line in source:
-        target.write(f"[worker {index}] {line.rstrip()}\n")
-        target.flush()
-        if log:
+def _copy(index, source, target, path):
+    with source, open(path, "a", buffering=1) as log:
+        for line in source:
+            target.write(f"[worker {index}] {line.rstrip()}\n")
+            target.flush()
             log.write(line)
-            log.flush()
 
 
 def _say(text):
