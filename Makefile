@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-oldest lint format clean
+.PHONY: demo test test-oldest chaos lint format clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
@@ -15,6 +15,9 @@ test: $(VENV)/installed-all lint
 # The oldest supported TensorFlow and Keras, in an environment of their own.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(ARGS)
+# Twenty random kills over a small job; some minutes.
+chaos: $(VENV)/installed-examples
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
 lint: $(VENV)/installed-all
 	$(BIN)/ruff format --check .

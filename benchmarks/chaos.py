@@ -12,6 +12,7 @@ both replicas is the same to the bit in the end.
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -76,7 +77,7 @@ def blocks(out):
     """The numbers of the blocks that worker 0 has finished, in order, doubles too."""
     with contextlib.suppress(FileNotFoundError):
         steps = [int(line) for line in (out / "blocks").read_text().split()]
-        return [b for a, b in zip(steps, steps[1:], strict=False) if b == a + 1]
+        return [b for a, b in itertools.pairwise(steps) if b == a + 1]
     return []
 
 
