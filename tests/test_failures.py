@@ -1,5 +1,6 @@
 """Kill anything, lose nothing: scripted failures of real processes, each proven by a count."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -746,3 +747,27 @@ def test_callbacks_and_uneven_data(tmp_path):
     for s in saw:
         np.testing.assert_allclose(s["label"], [mean, mean], rtol=1e-6)
     assert saw[0]["weights"] == saw[1]["weights"]
+
+
+@pytest.mark.timeout(300)
+def test_ray(tmp_path):
+    """Ray Train starts the workers and sets TF_CONFIG; the second run goes on from the backup."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip('ray is not installed; pip install "ray[train]" runs this test')
+    command = [sys.executable, HERE.parent / "examples" / "ray_trainer.py", "--folder", tmp_path]
+    for run in range(2):
+        done = subprocess.run(
+            [*map(str, command)],
+            env={**environment(), "RAY_TRAIN_V2_ENABLED": "1"},
+            capture_output=True,
+            text=True,
+            timeout=140,
+            check=False,
+        )
+        printed = done.stdout + done.stderr
+        assert done.returncode == 0, printed[-4000:]
+        assert ("going on from" in printed) == (run == 1)
+        if run == 0:
+            assert "worker 0 of 2: loss" in printed
+            assert "worker 1 of 2: loss" in printed
+    assert len(list((tmp_path / "backup").glob("*/worker-1-of-2.npz"))) > 0

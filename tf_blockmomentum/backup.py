@@ -79,6 +79,17 @@ class BlockBackup(keras.callbacks.Callback):
         ValueError: an argument out of range; in fit, no BlockTraining before it, a backup of
             another model, or of another `steps_per_execution`.
         OSError: a backup cannot be written; the backups before it remain.
+
+    Example:
+
+    >>> import tempfile
+    >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(1)])
+    >>> model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=4), "mse")
+    >>> backup = tfbm.BlockBackup(tempfile.mkdtemp(), keep=1)
+    >>> history = model.fit(np.ones([64, 4]), np.ones([64, 1]), batch_size=8, epochs=3, verbose=0,
+    ...                     callbacks=[tfbm.BlockTraining(), backup])
+    >>> sorted(path.name for path in backup.directory.iterdir())
+    ['epoch-000002-step-000000000', 'epoch-000003-step-000000000']
     """
 
     def __init__(self, directory, every=None, keep=2, callbacks=()):
@@ -94,11 +105,13 @@ class BlockBackup(keras.callbacks.Callback):
         self.every = every
         self.keep = keep
         self._callbacks = list(callbacks)
+        self._names: list = []  # of the backups that count, the oldest first
         self._metrics: list = []  # (part of a variable, value) for when fit has reset them
 
     # -- Keras calls these ----------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):
+        """Restores the newest backup that all workers have."""
         model = self.model
         training = getattr(model.train_function, "__self__", None)
         if not isinstance(training, BlockTraining):
@@ -118,6 +131,7 @@ class BlockBackup(keras.callbacks.Callback):
         self._last_blocks = self._optimizer.blocks
 
     def on_epoch_begin(self, epoch, logs=None):
+        """Restores the metrics, which fit has just reset."""
         for part, value in self._metrics:
             part.assign(value)
         self._metrics = []
@@ -192,16 +206,18 @@ class BlockBackup(keras.callbacks.Callback):
                 "started again, training goes on from the last complete backup."
             ) from error
         self._last_blocks = self._optimizer.blocks
+        self._names.append(directory.name)
         self._prune()
         progress.note("wrote a backup")
 
     def _prune(self):
         """Removes this worker's oldest pieces. All workers finished the backup before this one,
         or this worker could not have come to its boundary: so `keep` complete ones remain."""
-        own = f"worker-{self._worker}-of-*"
-        finished = [d for d in self._backups() if list(d.glob(f"{own}.npz.sha256"))]
-        for directory in finished[self.keep + 1 :]:
-            patterns = [own]
+        self._names = self._names[-self.keep - 1 :]
+        for directory in self._backups():
+            if directory.name >= self._names[0]:
+                continue
+            patterns = [f"worker-{self._worker}-of-*"]
             if self._worker == 0:  # those of workers that are no more
                 indices = {p.name.split("-")[1] for p in directory.glob("worker-*-of-*")}
                 patterns += [f"worker-{i}-of-*" for i in indices if int(i) >= self._workers]
@@ -234,6 +250,8 @@ class BlockBackup(keras.callbacks.Callback):
         common = [name for key, name in hashes.items() if all(key in row for row in rows)]
         chosen = found[common[0]] if common else None
         newest = chosen[0].path.parent.name if chosen else ""
+        # Newer ones, which do not count, must not push out those that do.
+        self._names = sorted(d.name for d in self._backups() if d.name <= newest)
         for directory in self._backups():
             if directory.name > newest:
                 reason = problems.get(directory.name, "another worker's piece is not whole")

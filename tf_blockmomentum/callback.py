@@ -94,6 +94,7 @@ class BlockTraining(keras.callbacks.Callback):
         model.train_function = self._train_function
 
     def on_epoch_begin(self, epoch, logs=None):
+        """A new epoch: nobody's data has ended."""
         if self._loop is not None:
             self._loop.begin_epoch()
 
@@ -210,6 +211,7 @@ def _passed_on(hook):
         if self._calls:
             getattr(self.callback, hook)(*args, **kwargs)
 
+    method.__doc__ = f"The callback's own `{hook}`, on the first worker."
     return method
 
 
