@@ -19,18 +19,6 @@ import tf_blockmomentum as tfbm
 from tf_blockmomentum import launch
 
 HERE = pathlib.Path(__file__).parent
-FITS = {
-    "sgd": {"optimizer": "sgd", "epochs": 2, "stop": 14},
-    "momentum, XLA, 4 steps at once": {
-        "optimizer": "momentum",
-        "jit": True,
-        "steps_per_execution": 4,
-        "every": 1,
-        "stop": 5,
-    },
-    "adam, unknown length": {"known_length": False, "stop": 17},
-    "schedule, repeated": {"optimizer": "schedule", "steps_per_epoch": 7, "stop": 16},
-}
 
 
 def environment():
@@ -93,13 +81,10 @@ def times_failed(out):
     return [len(mark.read_text()) for mark in sorted(out.glob("failure-*"))]
 
 
-def same_end(results, others):
+def same_end(result, other):
     """Every replica's state and the last epoch's logs are the same, to the bit."""
-    assert len(results) == len(others)
-    for result, other in zip(results, others, strict=True):
-        for name in result:
-            for key in ("state", "logs", "blocks"):
-                assert result[name][key] == other[name][key], (name, key)
+    for key in ("state", "logs", "blocks"):
+        assert result[key] == other[key], key
 
 
 @pytest.fixture(scope="module")
@@ -112,34 +97,43 @@ def undisturbed(tmp_path_factory):
 # -- stopped and resumed is never stopped ---------------------------------------------------------
 
 
-def check_resume(tmp_path, options, fits, **settings):
-    never = {name: {**fit, "stop": None, "backup": False} for name, fit in fits.items()}
-    _, expected = job(tmp_path / "never", options, fits=never, **settings)
-    job(tmp_path / "stopped", options, fits=fits, **settings)
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(
+    ("options", "devices", "fits"),
+    [
+        (
+            ["--workers", 2],
+            0,
+            {
+                "XLA, 4 steps at once": {
+                    "optimizer": "momentum",
+                    "jit": True,
+                    "steps_per_execution": 4,
+                    "every": 1,
+                    "stop": 5,
+                },
+                "unknown length": {"optimizer": "adam", "known_length": False, "stop": 17},
+            },
+        ),
+        ([], 1, {"repeated": {"optimizer": "schedule", "steps_per_epoch": 7, "stop": 16}}),
+        ([], 3, {"every step a block": {"optimizer": "sgd", "epochs": 2, "stop": 14}}),
+    ],
+    ids=["two workers", "no strategy", "three devices"],
+)
+def test_stopped_and_resumed_is_never_stopped(tmp_path, options, devices, fits):
+    """Stopped in the middle of an epoch, and resumed in new processes."""
+    never = {f"never {name}": {**fit, "stop": None, "backup": False} for name, fit in fits.items()}
+    _, before = job(tmp_path, options, fits={**never, **fits}, devices=devices)
     again = {name: {**fit, "stop": None} for name, fit in fits.items()}
-    printed, results = job(tmp_path / "stopped", options, fits=again, **settings)
+    printed, results = job(tmp_path, options, fits=again, devices=devices)
     assert printed.count("going on from") == len(fits)
-    same_end(results, expected)
-    for result in results:
+    for result, first in zip(results, before, strict=True):
         for name, fit in fits.items():
-            batches = expected[0][name]["batches"]
-            # In the middle of an epoch, not from its beginning.
-            assert batches - fit["stop"] <= result[name]["batches"] < batches - fit["stop"] + 6, (
-                name
-            )
-
-
-@pytest.mark.timeout(600)
-def test_resume_on_workers(tmp_path):
-    check_resume(tmp_path, ["--workers", 2], FITS)
-
-
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("devices", [1, 3], ids=["no_strategy", "three_devices"])
-def test_resume_in_one_process(tmp_path, devices):
-    some = ["momentum, XLA, 4 steps at once", "adam, unknown length"]
-    fits = {name: FITS[name] for name in (some if devices == 1 else some[1:])}
-    check_resume(tmp_path, [], fits, devices=devices)
+            assert first[name] is None  # stopped
+            same_end(result[name], first[f"never {name}"])
+            # Not from the beginning of the epoch.
+            left = first[f"never {name}"]["batches"] - fit["stop"]
+            assert left <= result[name]["batches"] < left + 6
 
 
 # -- failures of processes ------------------------------------------------------------------------
@@ -165,7 +159,8 @@ def test_killed_anywhere(tmp_path, undisturbed):
         failures=failures,
     )
     assert times_failed(tmp_path) == [1] * len(failures)
-    same_end(results, undisturbed)
+    for result, other in zip(results, undisturbed, strict=True):
+        same_end(result[""], other[""])
     assert 5 <= printed.count("tfbm-launch: restart") <= 7
     assert printed.count("failed with SIGKILL") >= 5
     assert "worker 1 failed with exit status 1 (RuntimeError: a mistake in the script)" in printed
@@ -190,7 +185,8 @@ def test_hangs_end(tmp_path, undisturbed):
         failures=failures,
     )
     assert times_failed(tmp_path) == [1, 1, 1]
-    same_end(results, undisturbed)
+    for result, other in zip(results, undisturbed, strict=True):
+        same_end(result[""], other[""])
     assert "worker 1 is stuck: no progress in 40 s" in printed
     assert "worker 0 is stuck: no progress in 40 s" not in printed.partition("restart 1")[0]
     assert "[worker 1]   File" in printed.partition("Python stack:")[2]
