@@ -86,10 +86,11 @@ def test_commands_in_the_docs_exist():
 
 
 def test_private_api_is_fenced():
-    """Only _keras.py touches anything private of Keras; nothing does of TensorFlow."""
+    """Only _keras.py touches anything private of Keras, and one thing of TensorFlow, for which
+    there is no public way: how long a worker may be silent."""
     for path in sorted(PACKAGE.glob("*.py")):
         source = path.read_text()
-        assert "tensorflow.python" not in source, path.name
+        assert source.count("tensorflow.python") == (path.name == "_keras.py"), path.name
         assert "tf.__internal__" not in source, path.name
         if path.name == "_keras.py":
             continue
@@ -102,7 +103,10 @@ def test_private_api_is_fenced():
         }
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
-                assert node.attr in own, f"{path.name}:{node.lineno} reaches for {node.attr}"
+                public = ast.unparse(node) == "os._exit"  # in spite of its name
+                assert public or node.attr in own, (
+                    f"{path.name}:{node.lineno} reaches for {node.attr}"
+                )
 
 
 def names_defined(node):

@@ -1,4 +1,4 @@
-"""The only file that touches anything private of Keras, each place with its reason."""
+"""The only file that touches anything private of Keras and TensorFlow, with its reasons."""
 
 import contextlib
 import functools
@@ -93,6 +93,11 @@ def serialize_optimizer(optimizer):
 def strategy_of(optimizer):
     """The strategy whose scope the optimizer was made in."""
     return optimizer._distribution_strategy
+
+
+def trained_variables(optimizer):
+    """The variables an optimizer was built with, which it has no public name for."""
+    return optimizer._trainable_variables
 
 
 def moving_averages(optimizer, variables):

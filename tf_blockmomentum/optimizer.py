@@ -163,7 +163,7 @@ class BlockMomentum(_keras.LocalUpdate):
                 whether any replica took a step: without one this is no block.
             averaged_variables: variables to be replaced by their means (statistics).
         """
-        weights, anchors = self._trainable_variables, self._anchors
+        weights, anchors = self.trained_variables, self._anchors
         deltas = [ops.subtract(w, anchor) for w, anchor in zip(weights, anchors, strict=True)]
         statistics = [ops.convert_to_tensor(v) for v in averaged_variables]
         means, any_steps = mean([*deltas, *statistics])
@@ -184,13 +184,13 @@ class BlockMomentum(_keras.LocalUpdate):
     def restart_block(self):
         """Takes the present weights for the anchor, on every replica of this worker: they
         may have been set or loaded since the last boundary."""
-        for w, anchor in zip(self._trainable_variables, self._anchors, strict=True):
+        for w, anchor in zip(self.trained_variables, self._anchors, strict=True):
             anchor.assign(w)
             w.assign(anchor)
 
     def discard_block(self):
         """Takes the anchor for the present weights: the reverse of `restart_block`."""
-        for w, anchor in zip(self._trainable_variables, self._anchors, strict=True):
+        for w, anchor in zip(self.trained_variables, self._anchors, strict=True):
             w.assign(anchor)
 
     def check_same_scope(self, what, strategy):
@@ -261,7 +261,7 @@ class BlockMomentum(_keras.LocalUpdate):
     @property
     def trained_variables(self):
         """The variables it was built with."""
-        return self._trainable_variables
+        return _keras.trained_variables(self)
 
     @property
     def _blocks(self):
