@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-import re
 import sys
 import tempfile
 import warnings
-import zipfile
 
 import keras
 import numpy as np
@@ -23,9 +22,16 @@ from tf_blockmomentum.callback import (
     replica_ids,
 )
 from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.pieces import (
+    Damaged,
+    Piece,
+    from_bytes,
+    to_bytes,
+    worker_counts,
+    write,
+)
 from tf_blockmomentum.strategy import sum_over_replicas, worker_of
 
-_PIECE = re.compile(r"worker-(\d+)-of-(\d+)\.npz")
 _OFFERED = 16  # newest backups a worker offers to the others when fit begins
 
 
@@ -190,13 +196,13 @@ class BlockBackup(keras.callbacks.Callback):
             yield from arrays.items()
             for i, variable in enumerate(self._variables):
                 for r, part in enumerate(_parts(variable, self._strategy)):
-                    yield f"{r}/{i}", _to_bytes(part.numpy())
+                    yield f"{r}/{i}", to_bytes(part.numpy())
 
         directory = self.directory / f"epoch-{epoch:06d}-step-{step:09d}"
         path = directory / f"worker-{self._worker}-of-{self._workers}.npz"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            _write(path, members())
+            write(path, members())
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.with_suffix(".tmp").unlink()
@@ -236,10 +242,10 @@ class BlockBackup(keras.callbacks.Callback):
         """Agrees with the other workers on the newest backup; returns its pieces, or None."""
         found, problems = {}, {}
         for directory in self._backups():
-            for workers in _counts(directory) or [self._workers]:
+            for workers in worker_counts(directory) or [self._workers]:
                 try:
                     pieces = self._open(directory, workers)
-                except _Damaged as error:
+                except Damaged as error:
                     problems[directory.name] = str(error)
                 else:
                     name = f"{directory.name} of {workers} workers, run {pieces[0].meta['run']}"
@@ -265,12 +271,12 @@ class BlockBackup(keras.callbacks.Callback):
     def _open(self, directory, workers):
         """This worker's piece of a backup if nothing has changed; else the pieces of all."""
         if workers == self._workers:
-            piece = _Piece(directory / f"worker-{self._worker}-of-{workers}.npz")
+            piece = Piece(directory / f"worker-{self._worker}-of-{workers}.npz")
             if self._is_ours(piece):
                 return [piece]
-        pieces = [_Piece(directory / f"worker-{i}-of-{workers}.npz") for i in range(workers)]
+        pieces = [Piece(directory / f"worker-{i}-of-{workers}.npz") for i in range(workers)]
         if len({piece.meta["run"] for piece in pieces}) > 1:
-            raise _Damaged("its pieces are of different runs")
+            raise Damaged("its pieces are of different runs")
         return pieces
 
     def _is_ours(self, piece):
@@ -340,27 +346,20 @@ class BlockBackup(keras.callbacks.Callback):
 
     def _check(self, piece):
         """Raises ValueError if the backup is of another model."""
-        theirs, ours = piece.meta["variables"], _describe(self._variables)
-        for n, (a, b) in enumerate(zip(theirs, ours, strict=False)):
-            if a[1:] != b[1:]:
+        for n, (theirs, ours) in enumerate(
+            itertools.zip_longest(piece.meta["variables"], _describe(self._variables))
+        ):
+            if theirs is None or ours is None or theirs[1:] != ours[1:]:
                 raise ValueError(
-                    f"{piece.path} is a backup of another model. Received: variable {n}, "
-                    f"{b[0]!r} of shape {b[1]} and type {b[2]}, for {a[0]!r} of shape {a[1]} and "
-                    f"type {a[2]}. Use another directory for another model, or empty this one."
+                    f"{piece.path} is a backup of another model. Received: for variable {n} "
+                    f"(path, shape, type) {ours}, in the backup {theirs}. Use another directory "
+                    "for another model, or empty this one."
                 )
-        if len(theirs) != len(ours):
-            raise ValueError(
-                f"{piece.path} is a backup of another model. Received: a model, optimizer and "
-                f"metrics of {len(ours)} variables, for {len(theirs)}. Use another directory for "
-                "another model, or empty this one."
-            )
 
     def _same(self, piece):
         """For every variable, the values of this worker's replicas."""
         for i, (_, shape, dtype) in enumerate(piece.meta["variables"]):
-            yield [
-                _from_bytes(piece[f"{r}/{i}"], shape, dtype) for r in range(len(self._replicas))
-            ]
+            yield [from_bytes(piece[f"{r}/{i}"], shape, dtype) for r in range(len(self._replicas))]
 
     def _redistributed(self, pieces):
         """As `_same`, from the pieces of other workers."""
@@ -373,7 +372,7 @@ class BlockBackup(keras.callbacks.Callback):
 
             def value(replica, i=i, shape=shape, dtype=dtype):
                 piece, k = old[replica]
-                return _from_bytes(piece[f"{k}/{i}"], shape, dtype)
+                return from_bytes(piece[f"{k}/{i}"], shape, dtype)
 
             if id(variable) in metrics:  # sums over the replicas
                 first = self._replicas[0] == 0
@@ -399,62 +398,6 @@ class BlockBackup(keras.callbacks.Callback):
             vars(callback).update(lists)
 
 
-# -- one worker's file ---------------------------------------------------------------------------
-
-
-class _Damaged(Exception):
-    """A piece is not there, or not as it was written."""
-
-
-class _Piece(dict):
-    """The arrays of one worker's file, read when asked for, whose checksum was right."""
-
-    def __init__(self, path):
-        self.path = path
-        try:
-            expected = path.with_suffix(".npz.sha256").read_text().split()
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError as error:
-            raise _Damaged(f"{path.name} is missing or was not finished") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise _Damaged(f"{path.name} cannot be read ({error})") from error
-        if expected[:1] != [digest]:
-            raise _Damaged(f"{path.name} is torn or changed: its SHA-256 is not the one noted")
-        self._file = np.load(path, allow_pickle=False)
-        super().__init__(dict.fromkeys(self._file.files))
-        self.meta = json.loads(self["meta"].tobytes())
-        if self.meta.get("format") != 1:
-            raise _Damaged(f"{path.name} is of a format this version does not know")
-
-    def __getitem__(self, name):
-        return self._file[name]
-
-
-def _write(path, members):
-    """Writes an npz and then its checksum, each under another name first: the checksum's
-    presence says that the file is whole."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb+") as file:
-        with zipfile.ZipFile(file, "w") as archive:  # np.savez, but one array at a time
-            for name, array in members:
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    os.replace(temporary, path)
-    temporary.write_text(f"{digest}  {path.name}\n")
-    os.replace(temporary, path.with_suffix(".npz.sha256"))
-
-
-def _counts(directory):
-    """Of how many workers there are pieces in a backup's directory."""
-    matches = (_PIECE.fullmatch(path.name) for path in directory.iterdir())
-    return sorted({int(match[2]) for match in matches if match})
-
-
 # -- state ---------------------------------------------------------------------------------------
 
 
@@ -476,16 +419,6 @@ def _describe(variables):
     return [
         [getattr(v, "path", v.name), list(v.shape), tf.as_dtype(v.dtype).name] for v in variables
     ]
-
-
-def _to_bytes(array):
-    """NumPy's format does not know bfloat16 and its like."""
-    return array if array.dtype.kind in "biuf" else np.frombuffer(array.tobytes(), np.uint8)
-
-
-def _from_bytes(array, shape, dtype):
-    dtype = tf.as_dtype(dtype).as_numpy_dtype
-    return array if array.dtype == dtype else np.frombuffer(array.tobytes(), dtype).reshape(shape)
 
 
 def _plain(attributes):

@@ -1,0 +1,75 @@
+"""One worker's part of a backup on disk: an npz file, and the checksum that says it is whole."""
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+import tensorflow as tf
+
+_PIECE = re.compile(r"worker-(\d+)-of-(\d+)\.npz")
+
+
+class Damaged(Exception):
+    """A piece is not there, or not as it was written."""
+
+
+class Piece(dict):
+    """The arrays of one worker's file, read when asked for, whose checksum was right."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            expected = path.with_suffix(".npz.sha256").read_text().split()
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError as error:
+            raise Damaged(f"{path.name} is missing or was not finished") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise Damaged(f"{path.name} cannot be read ({error})") from error
+        if expected[:1] != [digest]:
+            raise Damaged(f"{path.name} is torn or changed: its SHA-256 is not the one noted")
+        self._file = np.load(path, allow_pickle=False)
+        super().__init__(dict.fromkeys(self._file.files))
+        self.meta = json.loads(self["meta"].tobytes())
+        if self.meta.get("format") != 1:
+            raise Damaged(f"{path.name} is of a format this version does not know")
+
+    def __getitem__(self, name):
+        return self._file[name]
+
+
+def write(path, members):
+    """Writes an npz and then its checksum, each under another name first: the checksum's
+    presence says that the file is whole."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb+") as file:
+        with zipfile.ZipFile(file, "w") as archive:  # np.savez, but one array at a time
+            for name, array in members:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    os.replace(temporary, path)
+    temporary.write_text(f"{digest}  {path.name}\n")
+    os.replace(temporary, path.with_suffix(".npz.sha256"))
+
+
+def worker_counts(directory):
+    """Of how many workers there are pieces in a backup's directory."""
+    matches = (_PIECE.fullmatch(path.name) for path in directory.iterdir())
+    return sorted({int(match[2]) for match in matches if match})
+
+
+def to_bytes(array):
+    """NumPy's format does not know bfloat16 and its like."""
+    return array if array.dtype.kind in "biuf" else np.frombuffer(array.tobytes(), np.uint8)
+
+
+def from_bytes(array, shape, dtype):
+    dtype = tf.as_dtype(dtype).as_numpy_dtype
+    return array if array.dtype == dtype else np.frombuffer(array.tobytes(), dtype).reshape(shape)
