@@ -144,7 +144,7 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, options, devices, fits):
 @pytest.mark.timeout(600)
 def test_killed_anywhere(tmp_path, undisturbed):
     failures = [
-        {"worker": 0, "how": "kill", "at": "batch", "n": 8},
+        {"worker": 1, "how": "kill", "at": "batch", "n": 8},
         {"worker": 1, "how": "kill", "at": "backup"},
         {"worker": 0, "how": "kill", "at": "boundary"},
         {"worker": 1, "how": "kill", "at": "validation"},
@@ -483,7 +483,7 @@ def test_full_disk(tmp_path, one_process):
         ):
             fit(None, backups)
         assert len(pieces(backups)) == 1
-        assert not list(backups.glob("*/*.tmp"))
+        assert len(list(backups.iterdir())) == 1
         (disk / "other").unlink()
         model = fit(None, backups, keep=1)
         same_weights(model.get_weights(), one_process["weights"])

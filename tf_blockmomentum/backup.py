@@ -206,6 +206,7 @@ class BlockBackup(keras.callbacks.Callback):
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.with_suffix(".tmp").unlink()
+                directory.rmdir()  # if it is empty
             raise OSError(
                 f"BlockBackup could not write {path}: {error.strerror or error}. Training cannot "
                 "go on safely without its backups. Free some space or give another directory; "
