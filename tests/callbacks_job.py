@@ -95,7 +95,7 @@ saw["after_nan"] = [len(history.epoch), count.batches, model.optimizer.blocks]
 saw["skipped"] = callbacks[0].skipped
 saw["finite"] = bool(all(np.isfinite(w).all() for w in model.get_weights()))
 
-# 3. Worker 0 has 6 steps, worker 1 has 24: a metric that is the labels' mean.
+# 3. Worker 0 has 6 steps, worker 1 has 23: a metric that is the labels' mean.
 x, y = examples(24 if worker == 0 else 92, seed=worker)
 
 

@@ -309,6 +309,26 @@ def test_more_workers_when_asked(tmp_path):
     assert printed.count("one of 3") == 3
 
 
+def test_the_cause_comes_first(tmp_path):
+    """Worker 0 fails because worker 1 has, at the same moment."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, sys, time\n"
+        f"sys.path.insert(0, {str(HERE.parent / 'tf_blockmomentum')!r})\n"
+        "import progress\n"
+        "progress.install()\n"
+        "class UnavailableError(Exception): pass\n"
+        "index = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
+        "if index: time.sleep(0.1); raise KeyError('the cause')\n"
+        "raise UnavailableError('Graph execution error:\\n\\nCollective ops is aborted by: x')\n"
+    )
+    process = start(script, options=["--workers", 2])
+    printed = process.communicate(timeout=30)[0]
+    said = [line for line in printed.splitlines() if line.startswith("tfbm-launch")]
+    assert said[0] == "tfbm-launch: worker 1 failed with exit status 1 (KeyError: 'the cause')"
+    assert said[1].endswith("(UnavailableError: Collective ops is aborted by: x)")
+
+
 CONFIG = {"cluster": {"worker": ["a:1", "b:2"]}, "task": {"type": "worker", "index": 1}}
 
 
@@ -737,7 +757,7 @@ def test_callbacks_and_uneven_data(tmp_path):
     assert saw[1]["finite"]
 
     # Uneven: no hang, every example counted once, the same weights.
-    assert [s["uneven"][0] for s in saw] == [2 * 6, 2 * 24]
+    assert [s["uneven"][0] for s in saw] == [2 * 6, 2 * 23]
     (sum_0, count_0), (sum_1, count_1) = saw[0]["labels"], saw[1]["labels"]
     mean = (sum_0 + sum_1) / (count_0 + count_1)
     for s in saw:

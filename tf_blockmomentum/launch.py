@@ -220,7 +220,7 @@ class _Job:
                 time.sleep(SETTLE_SECONDS)
                 known = {failure[0] for failure in failures}
                 failures += [f for f in self._failures() if f[0] not in known]
-                return self._stopped() or failures
+                return self._stopped() or sorted(failures, key=lambda f: _is_of_others(f[2]))
             if interrupted() or all(p.returncode == 0 for p in self._processes.values()):
                 return []
             now = {index: progress.read(self._status(index)) for index in self._processes}
@@ -313,6 +313,12 @@ def _signal_name(number):
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _is_of_others(reason):
+    """Whether a worker failed because another one had ended."""
+    names = ("Unavailable", "DeadlineExceeded", "Aborted", "Cancelled")
+    return any(f"({name}Error" in reason for name in names)
 
 
 def _is_stopped(pid):
