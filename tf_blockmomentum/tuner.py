@@ -386,7 +386,7 @@ class _TrialTraining(BlockTraining):
 
             def until_error(iterator):
                 try:
-                    if not self.left:
+                    if self.error is None:
                         return test_function(iterator)
                 except StopIteration:
                     raise
@@ -471,8 +471,9 @@ class _Workers:
             rows = self._gather(np.pad(packed, [0, size - packed.size]))
         except tf.errors.OpError as lost:
             self.agreed = kt.errors.FatalRuntimeError(
-                "Another worker of the search has ended or cannot be reached. The trials so far "
-                "are in the search's directory: run the same command again to go on."
+                "Another worker of the search has ended, cannot be reached, or has failed where "
+                "the others did not expect it. The trials so far are in the search's directory: "
+                "run the same command again to go on."
             )
             raise self.agreed from lost
         rows = [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
@@ -546,7 +547,7 @@ class _InStep(keras.callbacks.Callback):
     def _call(self, hook, *args, **kwargs):
         try:
             for callback in self.callbacks:
-                if not self.training.left:
+                if self.training.error is None:
                     getattr(callback, hook)(*args, **kwargs)
         except Exception as error:
             self.training.leave(error)
