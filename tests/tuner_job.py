@@ -120,11 +120,10 @@ def failures():
             model.optimizer.learning_rate = 1e30
         return model
 
-    batches = {}
+    fifth = helpers.examples()[0][64, 0]
 
     def check(x):
-        batches[Told.trial] = batches.get(Told.trial, 0) + 1
-        if WORKER == 1 and Told.trial == "2" and batches["2"] == 4:
+        if WORKER == 1 and Told.trial == "2" and x[0, 0] == fifth:
             raise ArithmeticError("a dataset's error")
         return x
 
