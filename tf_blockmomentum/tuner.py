@@ -9,36 +9,37 @@ or, without a script of one's own, `python -m tf_blockmomentum.tuner script.py:b
 (see `--help`). In one process `distribute` may be left out.
 """
 
-import base64
+import argparse
 import functools
-import json
+import importlib
 import math
 import numbers
-import statistics
-import tempfile
-import time
-import traceback
+import os
+import sys
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_blockmomentum import _keras
-from tf_blockmomentum.callback import BlockTraining, _eagerly
-from tf_blockmomentum.cost import CostModel, parse_bandwidth
+from tf_blockmomentum import _keras, launch
+from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.optimizer import BlockMomentum, find
+from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
+from tf_blockmomentum.tuner_report import as_text, heat_map, published_rules, results_table
+from tf_blockmomentum.tuner_trial import TrialTraining, time_to_target
+from tf_blockmomentum.tuner_workers import InStep, Workers, distribute, kt, process_count
 
-try:
-    import keras_tuner as kt
-except ImportError as error:
-    raise ImportError(
-        f"tfbm.tuner needs KerasTuner, which cannot be imported here ({error}). "
-        "Run: pip install tf-blockmomentum[tuner]"
-    ) from error
+__all__ = [
+    "BlockMomentumHyperModel",
+    "distribute",
+    "heat_map",
+    "results_table",
+    "time_to_target",
+]
+
 
 K, BETA, INNER = "sync_period", "block_momentum", "inner_learning_rate"  # hyperparameters
-MEASURED, PREDICTED = "measured_seconds", "predicted_seconds"  # metrics
 
 
 # -- the search space ------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
         self._inner = inner_learning_rate and _bounds(
             INNER, inner_learning_rate, numbers.Real, "numbers above 0", lambda lr: lr > 0
         )
-        self.workers = None  # set by distribute()
+        self.workers = Workers(None)  # distribute() sets others
         super().__init__(getattr(hypermodel, "name", None))
 
     def declare_hyperparameters(self, hp):
@@ -170,19 +171,20 @@ class BlockMomentumHyperModel(kt.HyperModel):
 
         A `BlockTraining` among the callbacks is taken as a wish for its `jit_compile`.
         """
-        if self.workers is None and _process_count(model.distribute_strategy) > 1:
+        if process_count(model.distribute_strategy) > self.workers.count:
             raise kt.errors.FatalValueError(
                 "KerasTuner alone would let every worker search on its own. Received: a model "
                 "under a strategy of several workers. Make the tuner with "
                 "tfbm.tuner.distribute(keras_tuner.RandomSearch)(...)."
             )
-        workers = self.workers or _Workers(None)
         objective = next((c.objective for c in callbacks if hasattr(c, "objective")), None)
         given = [c for c in callbacks if isinstance(c, BlockTraining)]
         others = [c for c in callbacks if c not in given]
-        training = _TrialTraining(given[0].jit_compile if given else "auto", workers, objective)
-        if workers.count > 1:
-            others = [_InStep(others, training, workers)]
+        training = TrialTraining(
+            given[0].jit_compile if given else "auto", self.workers, objective
+        )
+        if self.workers.count > 1:
+            others = [InStep(others, training, self.workers)]
         fit = model.fit
         if isinstance(self.hypermodel, kt.HyperModel):
             fit = functools.partial(self.hypermodel.fit, hp, model)
@@ -231,545 +233,149 @@ def _build_optimizer_with(model):
     model.build_from_config = build_both
 
 
-# -- the objective ---------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------
+
+TUNERS = {
+    "bayesian": kt.BayesianOptimization,
+    "random": kt.RandomSearch,
+    "hyperband": kt.Hyperband,
+    "grid": kt.GridSearch,
+}
 
 
-def time_to_target(
-    metric, target, direction=None, bandwidth=None, step_seconds=None, give_up=3600.0
-):
-    """The objective "seconds of training until `metric` reaches `target`", to be minimized.
-
-    Training stops when the target is reached; what is compared are the seconds at the
-    end of that epoch, so make epochs short (`steps_per_epoch`). Seconds are
-
-    * measured, by default: this cluster, this link;
-    * predicted, with `bandwidth`: the steps taken times the measured duration of a local
-      step, plus the boundaries times what `CostModel` predicts for that link and the
-      number of replicas of the trial. So one tunes for the cluster that will be used.
-
-    The number of replicas also decides how many steps are needed, and that no model
-    predicts: tune with as many replicas as the cluster has. Replicas that share
-    processor cores slow each other down: give `step_seconds` then.
-
-    Args:
-        metric: name of an epoch's metric, such as "val_accuracy".
-        target: the value to reach.
-        direction: "max" if larger is better, "min"; None infers it as KerasTuner does.
-        bandwidth: None, bytes per second of each worker, or text such as "1gbit".
-        step_seconds: seconds of a local step, instead of the measured ones.
-        give_up: seconds after which a trial ends. One that never reaches the target counts
-            as `give_up` times 1 to 2, the more the farther it was away: any finite
-            number well above the times expected.
-
-    Returns:
-        A `keras_tuner.Objective`.
-
-    Raises:
-        ValueError: an argument out of range, or a metric of unknown direction.
-    """
-    return _TimeToTarget(metric, target, direction, bandwidth, step_seconds, give_up)
-
-
-class _TimeToTarget(kt.Objective):
-    def __init__(self, metric, target, direction, bandwidth, step_seconds, give_up):
-        if direction is None and isinstance(metric, str):
-            direction = kt.engine.metrics_tracking.infer_metric_direction(metric)
-        if direction not in ("min", "max"):
-            raise ValueError(
-                "KerasTuner does not know whether this metric should be small or large. Received: "
-                f'time_to_target({metric!r}, direction={direction!r}). Pass direction="min" or '
-                'direction="max", or a metric such as "val_loss" or "val_accuracy".'
-            )
-        for name, value in {
-            "target": target,
-            "step_seconds": 1 if step_seconds is None else step_seconds,
-            "give_up": give_up,
-        }.items():
-            finite = isinstance(value, numbers.Real) and math.isfinite(value)
-            if not finite or (name != "target" and value <= 0):
-                raise ValueError(
-                    f"`{name}` must be a {'' if name == 'target' else 'positive '}finite number. "
-                    f"Received: {name}={value!r}."
-                )
-        super().__init__(f"seconds_to_{metric}", "min")
-        self.metric, self.target, self.maximize = metric, float(target), direction == "max"
-        self.bandwidth = bandwidth
-        if bandwidth is not None and not isinstance(bandwidth, numbers.Real):
-            self.bandwidth = parse_bandwidth(bandwidth)
-        self.step_seconds, self.give_up = step_seconds, float(give_up)
-
-    @property
-    def clock(self):
-        return MEASURED if self.bandwidth is None else PREDICTED
-
-    def reached(self, logs):
-        value = logs[self.metric]
-        return value >= self.target if self.maximize else value <= self.target
-
-    def has_value(self, logs):
-        return self.name in logs or (self.metric in logs and self.clock in logs)
-
-    def get_value(self, logs):
-        if self.name in logs:
-            return logs[self.name]
-        if self.reached(logs):
-            return logs[self.clock]
-        gap = abs(logs[self.metric] - self.target) / max(abs(self.target), 1e-9)
-        return self.give_up * (1 + (gap / (1 + gap) if math.isfinite(gap) else 1.0))
-
-
-# -- one trial -------------------------------------------------------------------------------
-
-
-class _TrialTraining(BlockTraining):
-    """BlockTraining that times itself, fails at divergence, and can leave an epoch early.
-
-    An error on one worker must not leave the others waiting in a boundary that never
-    comes. So with several workers it is kept, and this worker acts as if its data had
-    ended: without steps it takes part in what the others communicate until the end of the
-    epoch, where all learn of the error and fail together.
-    """
-
-    def __init__(self, jit_compile, workers, objective):
-        super().__init__(jit_compile)
-        self.workers, self.objective = workers, objective
-        self.left, self.error = False, None
-        self._steps, self._boundaries = _Durations(), _Durations()
-        self._tested = None
-
-    def leave(self, error=None):
-        """Takes this worker out of the epoch, because of an error or to stop."""
-        if self.workers.count == 1 and error is not None:
-            raise error
-        self.left, self.error = True, self.error or error
-
-    def _train_function(self, iterator):
-        if self._loop is None:  # on every worker: it makes variables, which communicates
-            _keras.build(self.model, iterator.element_spec)
-            self._prepare()
-        assert self._loop is not None
-        if not self.left:
-            try:
-                return super()._train_function(iterator)
-            except StopIteration:
-                raise
-            except Exception as error:
-                self.leave(error)
-        if self._loop._finished is not iterator:
-            with _eagerly(self.model.run_eagerly):
-                self._loop._end_block(ended=True)
-        raise StopIteration
-
-    def _prepare(self):
-        fresh = self._loop is None
-        super()._prepare()
-        if fresh:
-            loop: Any = self._loop
-            loop._local_steps = self._steps.of(loop._local_steps, lambda result: result[0])
-            loop._boundary = self._boundaries.of(loop._boundary, lambda count: int(count) * 0 + 1)
-
-    def on_train_batch_end(self, batch, logs=None):
-        super().on_train_batch_end(batch, logs)
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss) and not self.left:
-            self.leave(
-                kt.errors.FailedTrialError(
-                    f"The trial diverged: the loss is {float(loss)} at batch {batch}. A smaller "
-                    "sync_period, block_momentum or learning rate is more stable."
-                )
-            )
-
-    def on_test_begin(self, logs=None):
-        super().on_test_begin(logs)
-        if self.workers.count > 1 and self.model.test_function is not self._tested:
-            test_function = self.model.test_function
-
-            def until_error(iterator):
-                try:
-                    if self.error is None:
-                        return test_function(iterator)
-                except StopIteration:
-                    raise
-                except Exception as error:
-                    self.leave(error)
-                raise StopIteration
-
-            self._tested = self.model.test_function = until_error
-
-    def on_epoch_end(self, epoch, logs=None):
-        super().on_epoch_end(epoch, logs)
-        optimizer = find(self.model.optimizer)
-        steps, blocks = int(optimizer.iterations.numpy()), optimizer.blocks
-        step, boundary = self._steps.median(), self._boundaries.median()
-        logs[MEASURED] = steps * step + blocks * boundary
-        goal = self.objective if isinstance(self.objective, _TimeToTarget) else None
-        if goal is None:
-            return
-        if goal.bandwidth is not None:
-            weights = [*self.model.trainable_variables, *_keras.statistics(self.model)]
-            cost = CostModel(
-                goal.step_seconds or step,
-                sum(math.prod(w.shape) * max(tf.as_dtype(w.dtype).size, 4) for w in weights),
-                goal.bandwidth,
-            )
-            replicas = self.model.distribute_strategy.num_replicas_in_sync
-            logs[PREDICTED] = steps * cost.step_seconds + blocks * cost.boundary(replicas)
-        if self.workers.chief and goal.has_value(logs):  # its clock counts
-            done = goal.reached(logs) or logs[goal.clock] > goal.give_up
-            self.model.stop_training = self.model.stop_training or done
-
-
-class _Durations:
-    """Durations of a function's calls, each per unit of its work."""
-
-    def __init__(self):
-        self._seconds = []
-
-    def of(self, function, work):
-        """The same function, timed. `work` waits for the result and says how much it was."""
-
-        def timed(*args):
-            started = time.perf_counter()
-            result = function(*args)
-            units = work(result)
-            if units:
-                self._seconds.append((time.perf_counter() - started) / units)
-            return result
-
-        return timed
-
-    def median(self):
-        """The first call traces, so it counts only where there is no other."""
-        return statistics.median(self._seconds[1:] or self._seconds or [0.0])
-
-
-# -- several workers -------------------------------------------------------------------------
-
-
-class _Workers:
-    """The workers of a strategy; what one sends, all receive. One worker without a strategy."""
-
-    def __init__(self, strategy):
-        self.strategy, self.count, self.chief = strategy, _process_count(strategy), True
-        if self.count > 1:
-            self.chief = strategy.extended.should_checkpoint
-            self._all_gather = tf.function(
-                lambda values: strategy.run(_all_gather, args=(values,)), autograph=False
-            )
-        self.agreed = None  # an error that all workers know of
-
-    def exchange(self, message):
-        """Sends JSON to all; returns the messages of all workers, in the workers' order."""
-        if self.count == 1:
-            return [message]
-        data = json.dumps(message).encode()
-        packed = np.frombuffer(data + b" " * (-len(data) % 4), np.int32)
-        try:
-            lengths = self._gather(np.asarray([packed.size], np.int32))[:, 0]
-            # Few shapes, since each is traced once.
-            size = 2 ** max(10, math.ceil(math.log2(max(lengths))))
-            rows = self._gather(np.pad(packed, [0, size - packed.size]))
-        except tf.errors.OpError as lost:
-            self.agreed = kt.errors.FatalRuntimeError(
-                "Another worker of the search has ended, cannot be reached, or has failed where "
-                "the others did not expect it. The trials so far are in the search's directory: "
-                "run the same command again to go on."
-            )
-            raise self.agreed from lost
-        rows = [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
-        # A worker's replicas all say the same.
-        return [json.loads(row) for row in rows[:: len(rows) // self.count]]
-
-    def _gather(self, vector):
-        """All replicas' vectors, which have one length, as the rows of a matrix."""
-        values = self.strategy.experimental_distribute_values_from_function(
-            lambda _: tf.constant(vector)
+def main(arguments=None):
+    """Runs the command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parse(arguments)
+    if options.workers > 1 and not os.environ.get("TF_CONFIG"):
+        restarts = ["--max-restarts", str(options.max_restarts)] if options.max_restarts else []
+        return launch.main(["--workers", str(options.workers), *restarts, __file__, *arguments])
+    strategy = None
+    if os.environ.get("TF_CONFIG"):
+        strategy = MultiWorkerBlockStrategy()
+    elif options.replicas > 1:
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * options.replicas,
         )
-        gathered = self._all_gather(values)
-        return self.strategy.experimental_local_results(gathered)[0].numpy()
-
-    def from_chief(self, action):
-        """Does `action` on the chief alone; returns its result, or raises its error, on all."""
-        result = error = None
-        if self.chief:
-            try:
-                result = action()
-            except Exception as raised:
-                error = raised
-        result, message = self.exchange([result, error and f"worker 0: {error}"])[0]
-        if message:
-            raise error or RuntimeError(message)
-        return result
-
-    def agree(self, error, stop=False):
-        """Raises on all workers if one comes with an error; else whether one wants to stop."""
-        if self.agreed is not None and error is self.agreed:
-            raise error
-        kinds = kt.errors.FatalError, kt.errors.FailedTrialError, Exception
-        message = [None, stop]
-        if error is not None:
-            kind = next(i for i, kind in enumerate(kinds) if isinstance(error, kind))
-            text = "".join(traceback.format_exception(error))
-            message = [[kind, text], stop]
-        messages = self.exchange(message)
-        failed = {worker: failure for worker, (failure, _) in enumerate(messages) if failure}
-        if not failed:
-            return any(stop for _, stop in messages)
-        text = "\n".join(f"worker {i} raised: {text}" for i, (_, text) in failed.items())
-        kind = min(kind for kind, _ in failed.values())
-        types = kt.errors.FatalRuntimeError, kt.errors.FailedTrialError, RuntimeError
-        self.agreed = types[kind](f"The trial fails on all workers, since {text}")
-        raise self.agreed from error
+        strategy = MultiDeviceBlockStrategy([f"CPU:{i}" for i in range(options.replicas)])
+    script = _load(options.script)
+    tuner = _tuner(options, getattr(script, options.build), strategy)
+    tuner.search(**{"epochs": options.epochs, **getattr(script, options.data)()}, verbose=0)
+    if tuner.workers.chief:
+        replicas = strategy.num_replicas_in_sync if strategy else 1
+        print(f"\n{results_table(tuner)}\n")
+        best = tuner.get_best_hyperparameters()[0].values
+        print("chosen: " + ", ".join(f"{name}={value}" for name, value in best.items()))
+        for rule, beta in published_rules(replicas).items():
+            print(f"for comparison, {rule} at P={replicas}: block_momentum={beta:.3g}")
+        path = options.heat_map or os.path.join(tuner.project_dir, "heat_map.png")
+        heat_map(tuner, path, replicas)
+        print(f"heat map: {path}")
+    return 0
 
 
-def _all_gather(vector):
-    context = tf.distribute.get_replica_context()
-    row = tf.one_hot(
-        context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int32
-    )
-    return context.all_reduce("SUM", row[:, None] * vector[None])
+def _tuner(options, build, strategy):
+    """The tuner that the command's options describe; it tells of every trial."""
 
+    base: Any = TUNERS[options.tuner]
 
-def _process_count(strategy):
-    """How many worker processes a strategy has."""
-    resolver = getattr(strategy, "cluster_resolver", None)
-    spec = resolver.cluster_spec().as_dict() if resolver else {}
-    return max(1, sum(len(spec.get(kind, ())) for kind in ("chief", "worker")))
-
-
-class _InStep(keras.callbacks.Callback):
-    """Runs a trial's callbacks on one of several workers: see _TrialTraining."""
-
-    def __init__(self, callbacks, training, workers):
-        super().__init__()
-        self.callbacks, self.training, self.workers = callbacks, training, workers
-
-    def _call(self, hook, *args, **kwargs):
-        try:
-            for callback in self.callbacks:
-                if self.training.error is None:
-                    getattr(callback, hook)(*args, **kwargs)
-        except Exception as error:
-            self.training.leave(error)
-
-    def set_params(self, params):
-        super().set_params(params)
-        self._call("set_params", params)
-
-    def set_model(self, model):
-        super().set_model(model)
-        self._call("set_model", model)
-
-    def on_train_begin(self, logs=None):
-        self._call("on_train_begin", logs)
-        self.workers.agree(self.training.error)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._call("on_train_batch_end", batch, logs)
-        if self.model.stop_training:  # this worker alone may want it
-            self.model.stop_training = False
-            self.training.leave()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._call("on_epoch_end", epoch, logs)
-        wanted = self.training.left or bool(self.model.stop_training)
-        self.model.stop_training = self.workers.agree(self.training.error, wanted)
-
-
-def _forward(hook):
-    return lambda self, *args, **kwargs: self._call(hook, *args, **kwargs)
-
-
-for _hook in dir(keras.callbacks.Callback):
-    if _hook.startswith("on_") and _hook not in vars(_InStep):
-        setattr(_InStep, _hook, _forward(_hook))
-
-
-def distribute(tuner_class):
-    """Makes a KerasTuner class search on all workers of a cluster in step.
-
-    Every worker runs the same script, makes the tuner with the arguments it would have
-    alone plus `distribution_strategy=tfbm.MultiWorkerBlockStrategy()`, and calls the same
-    methods. Worker 0 owns the oracle and the directory: it alone decides on trials, keeps
-    their metrics, and writes; the others get a trial's values, its state and a past
-    trial's checkpoint from it, so the directory need not exist for them and their seeds
-    do not matter. `get_best_models` is called on all workers or on none.
-
-    * A trial that raises on one worker fails on all, and the search goes on; so does one that
-      diverges. Where fit is entered (a hypermodel's own `fit`), callbacks added there
-      are beyond this: give callbacks to `search`.
-    * One worker that stops training stops it on all, at the end of the epoch.
-    * When a worker dies the others end with an error. The same command run again, by
-      hand or by the launcher, goes on with the trial that was cut short.
-
-    A trial's model is built once more, without the strategy, so that an error in the
-    build meets no worker halfway. Messages are JSON through one `gather` at the
-    beginning and end of a trial and at the end of an epoch (some tenths of a second).
-
-    In one process the class works as it did; `GridSearch` can then be resumed as well, which
-    KerasTuner 1.4.8 alone cannot.
-
-    Args:
-        tuner_class: a subclass of `keras_tuner.Tuner`, such as `keras_tuner.Hyperband`.
-
-    Returns:
-        The subclass to use in its place.
-
-    Raises:
-        TypeError: not a tuner class; when called, a hypermodel that is not a
-            `BlockMomentumHyperModel`.
-        ValueError: when called, several workers in `TF_CONFIG` and no strategy for them.
-
-    Source: KerasTuner's own `OracleClient` (one oracle, remote tuners); there each worker
-    has a trial of its own, here all share one.
-
-    Not for: a cluster whose machines could each train alone. KerasTuner's parallel search
-    (KERASTUNER_ORACLE_IP) runs as many trials at a time.
-    """
-    if not (isinstance(tuner_class, type) and issubclass(tuner_class, kt.Tuner)):
-        raise TypeError(
-            "distribute takes a tuner class. Received: "
-            f"{tuner_class!r}. Write tfbm.tuner.distribute(keras_tuner.RandomSearch)(hypermodel, "
-            "..., distribution_strategy=strategy): a tuner that exists has already written."
-        )
-    return type(
-        tuner_class.__name__, (_Distributed, tuner_class), {"__doc__": tuner_class.__doc__}
-    )
-
-
-class _Distributed(kt.Tuner):
-    """What distribute() puts in front of a tuner class."""
-
-    def __init__(self, *args, **kwargs):
-        self.workers = _Workers(kwargs.get("distribution_strategy"))
-        launched = (
-            tf.distribute.cluster_resolver.TFConfigClusterResolver().cluster_spec().as_dict()
-        )
-        if self.workers.count == 1 and len(launched.get("worker", ())) > 1:
-            raise ValueError(
-                f"TF_CONFIG names {len(launched['worker'])} workers and the tuner has no strategy "
-                "for them. Received: distribution_strategy="
-                f"{kwargs.get('distribution_strategy')!r}. Pass "
-                "distribution_strategy=tfbm.MultiWorkerBlockStrategy()."
-            )
-        if not self.workers.chief:
-            self._scratch = tempfile.TemporaryDirectory(prefix="tfbm-tuner-")
-            kwargs.update(directory=self._scratch.name, overwrite=False)
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.hypermodel, BlockMomentumHyperModel):
-            raise TypeError(
-                "A distributed tuner needs a BlockMomentumHyperModel. Received: "
-                f"{self.hypermodel!r}. Wrap it: tfbm.tuner.BlockMomentumHyperModel(build)."
-            )
-        self.hypermodel.workers = self.workers
-        _share(self.oracle, self.workers)
-
-    def on_search_begin(self):
-        super().on_search_begin()
-        self.save()  # a search cut short in its first trial can be resumed too
-
-    def search(self, *args, **kwargs):
-        if not self.workers.chief:
-            kwargs["verbose"] = 0
-        super().search(*args, **kwargs)
-
-    def run_trial(self, trial, *args, **kwargs):
-        error = results = None
-        if self.workers.count > 1:
-            try:
-                self.hypermodel.build(trial.hyperparameters.copy())
-            except Exception as raised:
-                error = raised
-            self.workers.agree(error)
-            self._fetch(trial.hyperparameters.values.get("tuner/trial_id"))  # Hyperband's
-        try:
-            results = super().run_trial(trial, *args, **kwargs)
-        except Exception as raised:
-            error = raised
-        if self.workers.count == 1 and error is not None:
-            raise error
-        self.workers.agree(error)
-        return results
-
-    def load_model(self, trial):
-        self._fetch(trial.trial_id)
-        return super().load_model(trial)
-
-    def _fetch(self, trial_id):
-        """Copies a past trial's files from worker 0 to the others' own directories."""
-        if trial_id is None or self.workers.count == 1:
-            return
-        directory = self.get_trial_dir(trial_id)
-
-        def read():
-            names = [n for n in tf.io.gfile.listdir(directory) if n.endswith((".h5", ".json"))]
-            return {name: _read_base64(f"{directory}/{name}") for name in names}
-
-        for name, data in self.workers.from_chief(read).items():
+    class Telling(base):
+        def on_trial_end(self, trial):
+            super().on_trial_end(trial)
             if not self.workers.chief:
-                with tf.io.gfile.GFile(f"{directory}/{name}", "wb") as file:
-                    file.write(base64.b64decode(data))
+                return
+            trials = self.oracle.trials
+            values = {n: v for n, v in trial.hyperparameters.values.items() if "/" not in n}
+            best = self.oracle.get_best_trials(1)[0]
+            print(
+                f"trial {len(trials)}: "
+                + ", ".join(f"{name}={value:.4g}" for name, value in values.items())
+                + f"; {self.oracle.objective.name} {as_text(trials[trial.trial_id].score)}, "
+                f"best {as_text(best.score)} {trials[trial.trial_id].status}",
+                flush=True,
+            )
 
-
-def _read_base64(path):
-    with tf.io.gfile.GFile(path, "rb") as file:
-        return base64.b64encode(file.read()).decode()
-
-
-class _SharedOracle(kt.Oracle):
-    """What distribute() puts in front of an oracle's class: worker 0's decides for all."""
-
-    def create_trial(self, tuner_id):
-        return self._mirror(lambda: super(_SharedOracle, self).create_trial(tuner_id))
-
-    def update_trial(self, trial_id, metrics, step=0):
-        return self._mirror(
-            lambda: super(_SharedOracle, self).update_trial(trial_id, metrics, step=step)
+    if options.target is None:
+        objective = options.metric
+    else:
+        objective = time_to_target(
+            options.metric,
+            options.target,
+            bandwidth=options.bandwidth,
+            step_seconds=options.step_seconds,
+            give_up=options.give_up,
         )
-
-    def end_trial(self, trial):
-        def end():
-            super(_SharedOracle, self).end_trial(trial)
-            return self.trials[trial.trial_id]
-
-        self._mirror(end)
-
-    def save(self):
-        if self._workers.chief:
-            super().save()
-
-    def reload(self):
-        if self._workers.chief:
-            super().reload()
-
-    def _mirror(self, action):
-        """Worker 0's trial of the same state, on every worker."""
-        trial = None
-
-        def state():
-            nonlocal trial
-            trial = action()
-            return trial.get_state()
-
-        mirrored = self._workers.from_chief(state)
-        if not self._workers.chief:
-            trial = kt.engine.trial.Trial.from_state(mirrored)
-            if trial.status not in ("STOPPED", "IDLE"):  # these are no trials
-                self.trials[trial.trial_id] = trial
-        return trial
+    if options.tuner == "hyperband":
+        budget = {"max_epochs": options.epochs}
+    else:
+        budget = {"max_trials": options.trials}
+    return distribute(Telling)(
+        BlockMomentumHyperModel(
+            build, options.sync_period, options.block_momentum, options.inner_learning_rate
+        ),
+        objective=objective,
+        distribution_strategy=strategy,
+        directory=options.directory,
+        project_name=f"{options.tuner}_{options.build}",
+        overwrite=options.overwrite,
+        seed=options.seed,
+        max_consecutive_failed_trials=options.trials,  # divergence is part of the picture
+        **budget,
+    )
 
 
-def _share(oracle, workers):
-    cls = type(oracle)
-    oracle.__class__ = type(cls.__name__, (_SharedOracle, cls), {})
-    oracle._workers = workers
-    if isinstance(oracle, kt.oracles.GridSearchOracle) and oracle.trials:
-        # KerasTuner does not save where its grid search stands, and then fails with a
-        # KeyError or stops. Trials run in the grid's order, so that is easily restored.
-        for trial_id in oracle.start_order:
-            oracle._ordered_ids.insert(trial_id)
-        oracle._populate_next = list(oracle.end_order)
-    states = workers.from_chief(lambda: [t.get_state() for t in oracle.trials.values()])
-    if not workers.chief:
-        trials = [kt.engine.trial.Trial.from_state(state) for state in states]
-        oracle.trials = {trial.trial_id: trial for trial in trials}
+def _load(script):
+    """Imports a script by its path, as Python finds modules beside the script it runs."""
+    path = os.path.abspath(script if script.endswith(".py") else script + ".py")
+    sys.path[0] = os.path.dirname(path)
+    return importlib.import_module(os.path.basename(path)[:-3])
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m tf_blockmomentum.tuner",
+        description="Searches sync_period (K) and block_momentum (beta) for a model.",
+        epilog="The script defines build(hp), which returns a compiled model, and data(), which "
+        "returns fit's arguments as a dict. The same command run again resumes the search.",
+    )
+    parser.add_argument("script", metavar="SCRIPT:BUILD", help="such as train.py:build")
+    parser.add_argument("--data", default="data", help="the script's function for the data")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes to start")
+    parser.add_argument("--max-restarts", type=int, default=0, help="as of tfbm-launch")
+    parser.add_argument("--replicas", type=int, default=1, help="replicas in one process (CPU)")
+    parser.add_argument("--tuner", choices=TUNERS, default="bayesian")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of a trial at most")
+    parser.add_argument("--metric", default="val_loss", help="what to optimize (val_loss)")
+    parser.add_argument("--target", type=float, help="optimize the seconds until metric is there")
+    parser.add_argument("--bandwidth", help="predict these seconds for a link such as 1gbit")
+    parser.add_argument("--step-seconds", type=float, help="use this, not the measured step")
+    parser.add_argument("--give-up", type=float, default=3600.0, help="seconds (3600)")
+    pair: dict[str, Any] = {"nargs": 2, "metavar": ("LO", "HI")}
+    parser.add_argument("--sync-period", type=int, default=(1, 64), **pair)
+    parser.add_argument("--block-momentum", type=float, default=(0.0, 0.95), **pair)
+    parser.add_argument("--inner-learning-rate", type=float, **pair)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--directory", default="runs/tuner", help="the search's (runs/tuner)")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, do not resume")
+    parser.add_argument("--heat-map", metavar="PNG", help="(in the search's directory)")
+    options = parser.parse_args(arguments)
+    options.script, _, options.build = options.script.rpartition(":")
+    path = options.script if options.script.endswith(".py") else options.script + ".py"
+    if not os.path.isfile(path):
+        parser.error(
+            f"there is no script to search for. Received: {options.script!r}, and {path!r} is not "
+            "a file. Write SCRIPT:BUILD, as in train.py:build."
+        )
+    if options.bandwidth and options.target is None:
+        parser.error(
+            "--bandwidth predicts seconds to a target. Add --target, as in "
+            "--metric val_accuracy --target 0.97."
+        )
+    return options
+
+
+if __name__ == "__main__":
+    # Not this copy, which goes by another name than the one the script imports.
+    sys.exit(importlib.import_module("tf_blockmomentum.tuner").main())
