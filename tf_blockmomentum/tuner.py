@@ -88,6 +88,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
 
     Example:
 
+    >>> import keras_tuner
     >>> def build(hp):
     ...     model = keras.Sequential([keras.Input([2]), keras.layers.Dense(1)])
     ...     model.compile("sgd", "mse")
@@ -120,8 +121,8 @@ class BlockMomentumHyperModel(kt.HyperModel):
         )
         ends = math.log2(1 / (1 - lo)), math.log2(1 / (1 - hi))
         octaves = np.linspace(*ends, math.ceil(2 * (ends[1] - ends[0]) - 1e-9) + 1)
-        self._momenta = [float(lo), *(round(1 - 0.5 ** float(o), 3) for o in octaves[1:-1])]
-        self._momenta += [float(hi)] * (hi > lo)
+        between = (round(1 - float(f"{0.5**octave:.3g}"), 9) for octave in octaves[1:-1])
+        self._momenta = [float(lo), *between, *[float(hi)] * (hi > lo)]
         self._inner = inner_learning_rate and _bounds(
             INNER, inner_learning_rate, numbers.Real, "numbers above 0", lambda lr: lr > 0
         )

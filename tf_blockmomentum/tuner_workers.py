@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_blockmomentum import _keras
+
 try:
     import keras_tuner as kt
 except ImportError as error:
@@ -339,12 +341,8 @@ def _share(oracle, workers):
     cls = type(oracle)
     oracle.__class__ = type(cls.__name__, (_SharedOracle, cls), {})
     oracle._workers = workers
-    if isinstance(oracle, kt.oracles.GridSearchOracle) and oracle.trials:
-        # KerasTuner does not save where its grid search stands, and then fails with a
-        # KeyError or stops. Trials run in the grid's order, so that is easily restored.
-        for trial_id in oracle.start_order:
-            oracle._ordered_ids.insert(trial_id)
-        oracle._populate_next = list(oracle.end_order)
+    if isinstance(oracle, kt.oracles.GridSearchOracle):
+        _keras.resume_grid_search(oracle)
     states = workers.from_chief(lambda: [t.get_state() for t in oracle.trials.values()])
     if not workers.chief:
         trials = [kt.engine.trial.Trial.from_state(state) for state in states]
