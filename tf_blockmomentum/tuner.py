@@ -261,8 +261,10 @@ def main(arguments=None):
         )
         strategy = MultiDeviceBlockStrategy([f"CPU:{i}" for i in range(options.replicas)])
     script = _load(options.script)
-    tuner = _tuner(options, getattr(script, options.build), strategy)
-    tuner.search(**{"epochs": options.epochs, **getattr(script, options.data)()}, verbose=0)
+    fit = {"epochs": 10, **getattr(script, options.data)()}
+    fit["epochs"] = options.epochs or fit["epochs"]
+    tuner = _tuner(options, getattr(script, options.build), strategy, fit["epochs"])
+    tuner.search(**fit, verbose=0)
     if tuner.workers.chief:
         replicas = strategy.num_replicas_in_sync if strategy else 1
         print(f"\n{results_table(tuner)}\n")
@@ -276,7 +278,7 @@ def main(arguments=None):
     return 0
 
 
-def _tuner(options, build, strategy):
+def _tuner(options, build, strategy, epochs):
     """The tuner that the command's options describe; it tells of every trial."""
 
     base: Any = TUNERS[options.tuner]
@@ -308,7 +310,7 @@ def _tuner(options, build, strategy):
             give_up=options.give_up,
         )
     if options.tuner == "hyperband":
-        budget = {"max_epochs": options.epochs}
+        budget = {"max_epochs": epochs}
     else:
         budget = {"max_trials": options.trials}
     return distribute(Telling)(
@@ -347,7 +349,7 @@ def _parse(arguments):
     parser.add_argument("--replicas", type=int, default=1, help="replicas in one process (CPU)")
     parser.add_argument("--tuner", choices=TUNERS, default="bayesian")
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=10, help="epochs of a trial at most")
+    parser.add_argument("--epochs", type=int, help="of a trial at most (the data's, else 10)")
     parser.add_argument("--metric", default="val_loss", help="what to optimize (val_loss)")
     parser.add_argument("--target", type=float, help="optimize the seconds until metric is there")
     parser.add_argument("--bandwidth", help="predict these seconds for a link such as 1gbit")

@@ -149,7 +149,7 @@ class TrialTraining(BlockTraining):
         if fresh:
             loop: Any = self._loop
             loop._local_steps = self._steps.of(loop._local_steps, lambda result: result[0])
-            loop._boundary = self._boundaries.of(loop._boundary, lambda count: int(count) * 0 + 1)
+            loop._boundary = self._boundaries.of(loop._boundary, lambda count: len([int(count)]))
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
@@ -192,7 +192,7 @@ class TrialTraining(BlockTraining):
             weights = [*self.model.trainable_variables, *_keras.statistics(self.model)]
             cost = CostModel(
                 goal.step_seconds or step,
-                sum(math.prod(w.shape) * max(tf.as_dtype(w.dtype).size, 4) for w in weights),
+                sum(math.prod(w.shape) * _bytes_on_the_wire(w.dtype) for w in weights),
                 goal.bandwidth,
             )
             replicas = self.model.distribute_strategy.num_replicas_in_sync
@@ -200,6 +200,10 @@ class TrialTraining(BlockTraining):
         if self.workers.chief and goal.has_value(logs):  # its clock counts
             done = goal.reached(logs) or logs[goal.clock] > goal.give_up
             self.model.stop_training = self.model.stop_training or done
+
+
+def _bytes_on_the_wire(dtype):
+    return 4 if dtype == "bfloat16" else tf.as_dtype(dtype).size  # see sum_over_replicas
 
 
 class _Durations:
