@@ -27,7 +27,7 @@ from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 from tf_blockmomentum.tuner_report import as_text, heat_map, published_rules, results_table
-from tf_blockmomentum.tuner_trial import TrialTraining, time_to_target
+from tf_blockmomentum.tuner_trial import StopAtTarget, TimeToTarget, TrialTraining, time_to_target
 from tf_blockmomentum.tuner_workers import InStep, Workers, distribute, kt, process_count
 
 __all__ = [
@@ -184,6 +184,8 @@ class BlockMomentumHyperModel(kt.HyperModel):
         training = TrialTraining(
             given[0].jit_compile if given else "auto", self.workers, objective
         )
+        if isinstance(objective, TimeToTarget) and self.workers.chief:  # its clock counts
+            others.append(StopAtTarget(objective))
         if self.workers.count > 1:
             others = [InStep(others, training, self.workers)]
         fit = model.fit

@@ -6,6 +6,7 @@ import statistics
 import time
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tf_blockmomentum import _keras
@@ -50,10 +51,10 @@ def time_to_target(
     Raises:
         ValueError: an argument out of range, or a metric of unknown direction.
     """
-    return _TimeToTarget(metric, target, direction, bandwidth, step_seconds, give_up)
+    return TimeToTarget(metric, target, direction, bandwidth, step_seconds, give_up)
 
 
-class _TimeToTarget(kt.Objective):
+class TimeToTarget(kt.Objective):
     def __init__(self, metric, target, direction, bandwidth, step_seconds, give_up):
         if direction is None and isinstance(metric, str):
             direction = kt.engine.metrics_tracking.infer_metric_direction(metric)
@@ -185,10 +186,8 @@ class TrialTraining(BlockTraining):
         steps, blocks = int(optimizer.iterations.numpy()), optimizer.blocks
         step, boundary = self._steps.median(), self._boundaries.median()
         logs[MEASURED] = steps * step + blocks * boundary
-        goal = self.objective if isinstance(self.objective, _TimeToTarget) else None
-        if goal is None:
-            return
-        if goal.bandwidth is not None:
+        goal = self.objective
+        if isinstance(goal, TimeToTarget) and goal.bandwidth is not None:
             weights = [*self.model.trainable_variables, *_keras.statistics(self.model)]
             cost = CostModel(
                 goal.step_seconds or step,
@@ -197,9 +196,19 @@ class TrialTraining(BlockTraining):
             )
             replicas = self.model.distribute_strategy.num_replicas_in_sync
             logs[PREDICTED] = steps * cost.step_seconds + blocks * cost.boundary(replicas)
-        if self.workers.chief and goal.has_value(logs):  # its clock counts
-            done = goal.reached(logs) or logs[goal.clock] > goal.give_up
-            self.model.stop_training = self.model.stop_training or done
+
+
+class StopAtTarget(keras.callbacks.Callback):
+    """Stops at the target, or when it takes too long. Comes last, when all metrics are there."""
+
+    def __init__(self, goal):
+        super().__init__()
+        self.goal = goal
+
+    def on_epoch_end(self, epoch, logs=None):
+        goal = self.goal
+        if goal.has_value(logs) and (goal.reached(logs) or logs[goal.clock] > goal.give_up):
+            self.model.stop_training = True
 
 
 def _bytes_on_the_wire(dtype):
