@@ -10,8 +10,9 @@ EXAMPLES = [
     "matplotlib>=3.8",  # the curves
 ]
 TUNER = [
-    "keras-tuner>=1.4.8",
+    "keras-tuner[bayesian]>=1.4.8",
     "tensorboard",  # keras-tuner's trials all fail without it
+    "matplotlib>=3.8",  # the heat map
 ]
 DEV = [
     # Exact, so that the gate says the same tomorrow.

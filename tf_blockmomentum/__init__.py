@@ -1,5 +1,6 @@
 """Block momentum for Keras 3 on TensorFlow: local training that communicates K times less."""
 
+import importlib as _importlib
 import os as _os
 import sys as _sys
 
@@ -29,3 +30,9 @@ else:
         "MultiDeviceBlockStrategy",
         "MultiWorkerBlockStrategy",
     ]
+
+
+def __getattr__(name):
+    if name == "tuner":  # only now: it imports keras_tuner, which not everybody has
+        return _importlib.import_module("tf_blockmomentum.tuner")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -151,6 +151,18 @@ def build(model, element_spec):
         model._symbolic_build(data_batch=keras.tree.map_structure(shape_and_type, element_spec))
 
 
+def recompile(model, optimizer):
+    """Compiles a model again as it was compiled, with another optimizer.
+
+    The arguments as they were given, since the public `get_compile_config` serializes
+    them and fails for a loss that is a local function. `Model.compile` itself, since a
+    subclass may have a `compile` with other arguments.
+    """
+    auto_scale_loss = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    arguments = {**model._compile_config.config, "optimizer": optimizer}
+    keras.Model.compile(model, **arguments, auto_scale_loss=auto_scale_loss)
+
+
 def none_for_optional(data):
     """Keras passes a missing input (`None`) through tf.data as an empty Optional."""
     return keras.tree.map_structure(
@@ -346,3 +358,17 @@ def set_heartbeat(seconds):
         context,
         heartbeat_timeout_in_ms=int(1000 * seconds),
     )
+
+
+# -- KerasTuner --------------------------------------------------------------------------------
+
+
+def resume_grid_search(oracle):
+    """Tells a reloaded grid search where it stands.
+
+    KerasTuner 1.4.8 does not save that, and its next trial is a KeyError or the end of the
+    search. Trials start in the grid's order, so it is known.
+    """
+    for trial_id in oracle.start_order:
+        oracle._ordered_ids.insert(trial_id)
+    oracle._populate_next.extend(oracle.end_order)

@@ -1,0 +1,78 @@
+"""What a block costs in seconds: step time, bytes and link speed give the throughput."""
+
+import dataclasses
+import re
+
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    r"""Predicts the speed of block training from three measurements.
+
+    A local step takes `step_seconds` and does not communicate. A boundary all-reduces
+    the weights over a ring: each of $P$ workers sends and receives $2(P-1)/P$ times
+    their bytes in $2(P-1)$ messages. With $K$ = `sync_period` a step costs, on average,
+
+    $$t_{step} + \frac1K \left(t_0 + \frac{2(P-1)}{P}\,\frac{bytes}{bandwidth}
+    + 2(P-1)\,latency\right)$$
+
+    Every number that comes out is a prediction; it leaves out stragglers, and a
+    transport that is slower than its link (measure that one, and pass its speed).
+
+    Args:
+        step_seconds: measured seconds of one local step of one replica.
+        model_bytes: bytes a boundary averages: the trainable weights and statistics.
+        bandwidth: bytes per second a worker sends, as `parse_bandwidth` returns.
+        latency: seconds a message takes however short it is.
+        boundary_seconds: $t_0$, seconds of a boundary apart from its messages.
+
+    Source: the ring's cost is Patarasuk and Yuan, "Bandwidth optimal all-reduce
+    algorithms for clusters of workstations" (JPDC 2009), section 3.
+
+    Example:
+
+    >>> from tf_blockmomentum.cost import CostModel, parse_bandwidth
+    >>> cost = CostModel(step_seconds=0.01, model_bytes=25e6, bandwidth=parse_bandwidth("1gbit"))
+    >>> [round(cost.step(sync_period, replicas=2), 6) for sync_period in (1, 20)]
+    [0.21, 0.02]
+    """
+
+    step_seconds: float
+    model_bytes: float
+    bandwidth: float
+    latency: float = 0.0
+    boundary_seconds: float = 0.0
+
+    def boundary(self, replicas):
+        """Seconds of one boundary among `replicas` workers."""
+        hops = 2 * (replicas - 1)
+        transfer = hops / replicas * self.model_bytes / self.bandwidth
+        return self.boundary_seconds + transfer + hops * self.latency
+
+    def step(self, sync_period, replicas):
+        """Seconds of one step, its share of the boundary included."""
+        return self.step_seconds + self.boundary(replicas) / sync_period
+
+    def throughput(self, batch, sync_period, replicas):
+        """Examples per second of all replicas together, each with `batch` a step."""
+        return batch * replicas / self.step(sync_period, replicas)
+
+
+def parse_bandwidth(text):
+    """Bytes per second of "1gbit", "100mbit", "2.5 Gbit/s" (as `tc` writes them).
+
+    Raises:
+        ValueError: not a positive number and one of bit, kbit, mbit, gbit, tbit.
+    """
+    match = re.fullmatch(r"([0-9.]+) ?([kmgt]?)bit(/s|ps)?", str(text).strip().lower())
+    try:
+        speed = float(match[1]) * _UNITS[match[2]] / 8 if match else 0.0
+    except ValueError:
+        speed = 0.0
+    if not speed > 0:
+        raise ValueError(
+            f"A bandwidth is a number and bit, kbit, mbit, gbit or tbit (a second). Received: "
+            f'{text!r}. Write it as "1gbit" or "100mbit"; 125 megabytes a second are "1gbit".'
+        )
+    return speed

@@ -1,0 +1,239 @@
+"""One trial of a search: its objective, its clock, and how it ends."""
+
+import math
+import numbers
+import statistics
+import time
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_blockmomentum import _keras
+from tf_blockmomentum.callback import BlockTraining, _eagerly
+from tf_blockmomentum.cost import CostModel, parse_bandwidth
+from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.tuner_workers import kt
+
+MEASURED, PREDICTED = "measured_seconds", "predicted_seconds"  # metrics of an epoch
+
+
+def time_to_target(
+    metric, target, direction=None, bandwidth=None, step_seconds=None, give_up=3600.0
+):
+    """The objective "seconds of training until `metric` reaches `target`", to be minimized.
+
+    Training stops when the target is reached; what is compared are the seconds at the
+    end of that epoch, so make epochs short (`steps_per_epoch`). Seconds are
+
+    * measured, by default: this cluster, this link;
+    * predicted, with `bandwidth`: the steps taken times the measured duration of a local
+      step, plus the boundaries times what `CostModel` predicts for that link and the
+      number of replicas of the trial. So one tunes for the cluster that will be used.
+
+    The number of replicas also decides how many steps are needed, and that no model
+    predicts: tune with as many replicas as the cluster has. Replicas that share
+    processor cores slow each other down: give `step_seconds` then.
+
+    Args:
+        metric: name of an epoch's metric, such as "val_accuracy".
+        target: the value to reach.
+        direction: "max" if larger is better, "min"; None infers it as KerasTuner does.
+        bandwidth: None, bytes per second of each worker, or text such as "1gbit".
+        step_seconds: seconds of a local step, instead of the measured ones.
+        give_up: seconds after which a trial ends. One that never reaches the target counts
+            as `give_up` times 1 to 2, the more the farther it was away: any finite
+            number well above the times expected.
+
+    Returns:
+        A `keras_tuner.Objective`.
+
+    Raises:
+        ValueError: an argument out of range, or a metric of unknown direction.
+    """
+    return TimeToTarget(metric, target, direction, bandwidth, step_seconds, give_up)
+
+
+class TimeToTarget(kt.Objective):
+    def __init__(self, metric, target, direction, bandwidth, step_seconds, give_up):
+        if direction is None and isinstance(metric, str):
+            direction = kt.engine.metrics_tracking.infer_metric_direction(metric)
+        if direction not in ("min", "max"):
+            raise ValueError(
+                "KerasTuner does not know whether this metric should be small or large. Received: "
+                f'time_to_target({metric!r}, direction={direction!r}). Pass direction="min" or '
+                'direction="max", or a metric such as "val_loss" or "val_accuracy".'
+            )
+        for name, value in {
+            "target": target,
+            "step_seconds": 1 if step_seconds is None else step_seconds,
+            "give_up": give_up,
+        }.items():
+            finite = isinstance(value, numbers.Real) and math.isfinite(value)
+            if not finite or (name != "target" and value <= 0):
+                raise ValueError(
+                    f"`{name}` must be a {'' if name == 'target' else 'positive '}finite number. "
+                    f"Received: {name}={value!r}."
+                )
+        super().__init__(f"seconds_to_{metric}", "min")
+        self.metric, self.target, self.maximize = metric, float(target), direction == "max"
+        self.bandwidth = bandwidth
+        if bandwidth is not None and not isinstance(bandwidth, numbers.Real):
+            self.bandwidth = parse_bandwidth(bandwidth)
+        self.step_seconds, self.give_up = step_seconds, float(give_up)
+
+    @property
+    def clock(self):
+        return MEASURED if self.bandwidth is None else PREDICTED
+
+    def reached(self, logs):
+        value = logs[self.metric]
+        return value >= self.target if self.maximize else value <= self.target
+
+    def has_value(self, logs):
+        return self.name in logs or (self.metric in logs and self.clock in logs)
+
+    def get_value(self, logs):
+        if self.name in logs:
+            return logs[self.name]
+        if self.reached(logs):
+            return logs[self.clock]
+        gap = abs(logs[self.metric] - self.target) / max(abs(self.target), 1e-9)
+        return self.give_up * (1 + (gap / (1 + gap) if math.isfinite(gap) else 1.0))
+
+
+# -- one trial -------------------------------------------------------------------------------
+
+
+class TrialTraining(BlockTraining):
+    """BlockTraining that times itself, fails at divergence, and can leave an epoch early.
+
+    An error on one worker must not leave the others waiting in a boundary that never
+    comes. So with several workers it is kept, and this worker acts as if its data had
+    ended: without steps it takes part in what the others communicate until the end of the
+    epoch, where all learn of the error and fail together.
+    """
+
+    def __init__(self, jit_compile, workers, objective):
+        super().__init__(jit_compile)
+        self.workers, self.objective = workers, objective
+        self.left, self.error = False, None
+        self._steps, self._boundaries = _Durations(), _Durations()
+        self._tested = None
+
+    def leave(self, error=None):
+        """Takes this worker out of the epoch, because of an error or to stop."""
+        if self.workers.count == 1 and error is not None:
+            raise error
+        self.left, self.error = True, self.error or error
+
+    def _train_function(self, iterator):
+        if self._loop is None:  # on every worker: it makes variables, which communicates
+            _keras.build(self.model, iterator.element_spec)
+            self._prepare()
+        assert self._loop is not None
+        if not self.left:
+            try:
+                return super()._train_function(iterator)
+            except StopIteration:
+                raise
+            except Exception as error:
+                self.leave(error)
+        if self._loop._finished is not iterator:
+            with _eagerly(self.model.run_eagerly):
+                self._loop._end_block(ended=True)
+        raise StopIteration
+
+    def _prepare(self):
+        fresh = self._loop is None
+        super()._prepare()
+        if fresh:
+            loop: Any = self._loop
+            loop._local_steps = self._steps.of(loop._local_steps, lambda result: result[0])
+            loop._boundary = self._boundaries.of(loop._boundary, lambda count: len([int(count)]))
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, logs)
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss) and not self.left:
+            self.leave(
+                kt.errors.FailedTrialError(
+                    f"The trial diverged: the loss is {float(loss)} at batch {batch}. A smaller "
+                    "sync_period, block_momentum or learning rate is more stable."
+                )
+            )
+
+    def on_test_begin(self, logs=None):
+        super().on_test_begin(logs)
+        if self.workers.count > 1 and self.model.test_function is not self._tested:
+            test_function = self.model.test_function
+
+            def until_error(iterator):
+                try:
+                    if self.error is None:
+                        return test_function(iterator)
+                except StopIteration:
+                    raise
+                except Exception as error:
+                    self.leave(error)
+                raise StopIteration
+
+            self._tested = self.model.test_function = until_error
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        optimizer = find(self.model.optimizer)
+        steps, blocks = int(optimizer.iterations.numpy()), optimizer.blocks
+        step, boundary = self._steps.median(), self._boundaries.median()
+        logs[MEASURED] = steps * step + blocks * boundary
+        goal = self.objective
+        if isinstance(goal, TimeToTarget) and goal.bandwidth is not None:
+            weights = [*self.model.trainable_variables, *_keras.statistics(self.model)]
+            cost = CostModel(
+                goal.step_seconds or step,
+                sum(math.prod(w.shape) * _bytes_on_the_wire(w.dtype) for w in weights),
+                goal.bandwidth,
+            )
+            replicas = self.model.distribute_strategy.num_replicas_in_sync
+            logs[PREDICTED] = steps * cost.step_seconds + blocks * cost.boundary(replicas)
+
+
+class StopAtTarget(keras.callbacks.Callback):
+    """Stops at the target, or when it takes too long. Comes last, when all metrics are there."""
+
+    def __init__(self, goal):
+        super().__init__()
+        self.goal = goal
+
+    def on_epoch_end(self, epoch, logs=None):
+        goal = self.goal
+        if goal.has_value(logs) and (goal.reached(logs) or logs[goal.clock] > goal.give_up):
+            self.model.stop_training = True
+
+
+def _bytes_on_the_wire(dtype):
+    return 4 if dtype == "bfloat16" else tf.as_dtype(dtype).size  # see sum_over_replicas
+
+
+class _Durations:
+    """Durations of a function's calls, each per unit of its work."""
+
+    def __init__(self):
+        self._seconds = []
+
+    def of(self, function, work):
+        """The same function, timed. `work` waits for the result and says how much it was."""
+
+        def timed(*args):
+            started = time.perf_counter()
+            result = function(*args)
+            units = work(result)
+            if units:
+                self._seconds.append((time.perf_counter() - started) / units)
+            return result
+
+        return timed
+
+    def median(self):
+        """The first call traces, so it counts only where there is no other."""
+        return statistics.median(self._seconds[1:] or self._seconds or [0.0])
