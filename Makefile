@@ -15,6 +15,7 @@ test: $(VENV)/installed-all lint
 # The oldest supported TensorFlow and Keras, in an environment of their own.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(ARGS)
+
 # Twenty random kills over a small job; some minutes.
 chaos: $(VENV)/installed-examples
 	$(BIN)/python benchmarks/chaos.py $(ARGS)

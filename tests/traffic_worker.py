@@ -54,7 +54,7 @@ for sync_period in (1, 4, 100):
     model.fit(data, verbose=0, callbacks=[blocks])
     after = loopback_bytes()
     weights = 4 * sum(int(np.prod(w.shape)) for w in model.trainable_variables)
-    boundary = blocks._loop._boundary.get_concrete_function(tf.constant(False))
+    boundary = blocks._loop._boundary.get_concrete_function(*[tf.constant(False)] * 2)
     saw[sync_period] = {
         "bytes": after - before,
         "blocks": optimizer.blocks - blocks_before,
@@ -76,7 +76,7 @@ with strategy.scope():
     model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(1e-4)), "mse")
 blocks = tfbm.BlockTraining()
 model.fit(data, verbose=0, callbacks=[blocks])
-boundary = blocks._loop._boundary.get_concrete_function(tf.constant(False))
+boundary = blocks._loop._boundary.get_concrete_function(*[tf.constant(False)] * 2)
 saw["two dtypes"] = collectives(boundary)
 with open(os.path.join(sys.argv[1], f"{index}.json"), "w") as file:
     json.dump(saw, file)
