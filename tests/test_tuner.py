@@ -665,16 +665,13 @@ def test_the_command_on_two_workers(tmp_path):
     (tmp_path / "script.py").write_text(f"import sys; sys.path.append({str(HERE)!r})\n" + SCRIPT)
     command = [
         "-m", "tf_blockmomentum.tuner", f"{tmp_path}/script:build", "--data", "arguments",
-        "--workers", 2, "--trials", 2, "--tuner", "random", "--metric", "loss", "--target", 0.9,
+        "--workers", 2, "--trials", 1, "--tuner", "random", "--metric", "loss", "--target", 0.9,
         "--bandwidth", "1gbit", "--sync-period", 4, 8, "--epochs", 1, "--directory", tmp_path,
     ]  # fmt: skip
     status, printed = run(command, 240)
     assert status == 0, printed[-5000:]
-    for trial in (1, 2):
-        line = (
-            rf"\[worker 0\] trial {trial}: sync_period=[48], block_momentum=\S+; seconds_to_loss"
-        )
-        assert re.search(line, printed)
+    line = r"\[worker 0\] trial 1: sync_period=[48], block_momentum=\S+; seconds_to_loss \d"
+    assert re.search(line, printed)
     table = re.search(r"\[worker 0\] +trial +status +sync_period.*", printed)[0]
     assert {"measured_seconds", "predicted_seconds", "seconds_to_loss"} <= set(table.split())
     assert re.search(r"\[worker 0\] chosen: sync_period=[48], block_momentum=", printed)

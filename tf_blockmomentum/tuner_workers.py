@@ -110,7 +110,10 @@ def _all_gather(vector):
 
 def process_count(strategy):
     """How many worker processes a strategy has."""
-    resolver = getattr(strategy, "cluster_resolver", None)
+    return _count(getattr(strategy, "cluster_resolver", None))
+
+
+def _count(resolver):
     spec = resolver.cluster_spec().as_dict() if resolver else {}
     return max(1, sum(len(spec.get(kind, ())) for kind in ("chief", "worker")))
 
@@ -181,8 +184,9 @@ def distribute(tuner_class):
       hand or by the launcher, goes on with the trial that was cut short.
 
     A trial's model is built once more, without the strategy, so that an error in the
-    build meets no worker halfway. Messages are JSON through one `gather` at the
-    beginning and end of a trial and at the end of an epoch (some tenths of a second).
+    build meets no worker halfway. The workers exchange small JSON messages, by all-reduce,
+    at the beginning and end of a trial and at the end of an epoch; for a warm start and
+    for `get_best_models` also the checkpoint.
 
     In one process the class works as it did; `GridSearch` can then be resumed as well, which
     KerasTuner 1.4.8 alone cannot.
@@ -220,14 +224,11 @@ class _Distributed(kt.Tuner):
 
     def __init__(self, *args, **kwargs):
         self.workers = Workers(kwargs.get("distribution_strategy"))
-        launched = (
-            tf.distribute.cluster_resolver.TFConfigClusterResolver().cluster_spec().as_dict()
-        )
-        if self.workers.count == 1 and len(launched.get("worker", ())) > 1:
+        launched = _count(tf.distribute.cluster_resolver.TFConfigClusterResolver())
+        if launched > self.workers.count:
             raise ValueError(
-                f"TF_CONFIG names {len(launched['worker'])} workers and the tuner has no strategy "
-                "for them. Received: distribution_strategy="
-                f"{kwargs.get('distribution_strategy')!r}. Pass "
+                f"TF_CONFIG names {launched} workers and the tuner has no strategy for them. "
+                f"Received: distribution_strategy={kwargs.get('distribution_strategy')!r}. Pass "
                 "distribution_strategy=tfbm.MultiWorkerBlockStrategy()."
             )
         if not self.workers.chief:
