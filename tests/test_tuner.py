@@ -216,7 +216,7 @@ def test_divergence_fails_the_trial_early(tmp_path):
     )
     (trial,) = trials_of(tuner)
     assert trial.status == "FAILED"
-    assert "The trial diverged: the loss is" in trial.message
+    assert "The trial diverged. " in trial.message
     assert "A smaller sync_period, block_momentum or learning rate is more stable" in trial.message
     assert len(batches) < 6
 
@@ -606,7 +606,7 @@ def check_failures(told):
 @pytest.mark.timeout(300)
 def test_a_killed_search_goes_on_with_the_trial_that_was_cut_short(tmp_path):
     status, (first, _), printed = job(tmp_path, "killed")
-    assert status == 128 + signal.SIGKILL
+    assert status == 128 + signal.SIGKILL, printed[-3000:]
     assert (tmp_path / "killed").exists()
     assert [line["run"] for line in first if "run" in line] == ["0", "1"]
     before = [line["score"] for line in first if "end" in line]

@@ -220,7 +220,7 @@ class _Job:
                 time.sleep(SETTLE_SECONDS)
                 known = {failure[0] for failure in failures}
                 failures += [f for f in self._failures() if f[0] not in known]
-                return self._stopped() or sorted(failures, key=lambda f: _is_of_others(f[2]))
+                return self._stopped() or sorted(failures, key=_is_a_consequence)
             if interrupted() or all(p.returncode == 0 for p in self._processes.values()):
                 return []
             now = {index: progress.read(self._status(index)) for index in self._processes}
@@ -315,10 +315,14 @@ def _signal_name(number):
         return f"signal {number}"
 
 
-def _is_of_others(reason):
-    """Whether a worker failed because another one had ended."""
+def _is_a_consequence(failure):
+    """Whether a worker failed because another one had ended: the sort key of failures."""
+    _, status, reason = failure
     names = ("Unavailable", "DeadlineExceeded", "Aborted", "Cancelled")
-    return any(f"({name}Error" in reason for name in names)
+    # One that was killed or crashed had no part in the others' end. TensorFlow aborts, though,
+    # where it loses the others.
+    killed = status - 128 in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
+    return not killed, any(f"({name}Error" in reason for name in names)
 
 
 def _is_stopped(pid):

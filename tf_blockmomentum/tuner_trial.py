@@ -105,6 +105,11 @@ class TimeToTarget(kt.Objective):
 # -- one trial -------------------------------------------------------------------------------
 
 
+_DIVERGED = (
+    "The trial diverged. {} A smaller sync_period, block_momentum or learning rate is more stable."
+)
+
+
 class TrialTraining(BlockTraining):
     """BlockTraining that times itself, fails at divergence, and can leave an epoch early.
 
@@ -123,15 +128,15 @@ class TrialTraining(BlockTraining):
 
     def leave(self, error=None):
         """Takes this worker out of the epoch, because of an error or to stop."""
+        if isinstance(error, FloatingPointError):  # of a boundary, and raised on all workers
+            error = kt.errors.FailedTrialError(_DIVERGED.format(error))
         if self.workers.count == 1 and error is not None:
             raise error
         self.left, self.error = True, self.error or error
 
     def _train_function(self, iterator):
-        if self._loop is None:  # on every worker: it makes variables, which communicates
-            _keras.build(self.model, iterator.element_spec)
-            self._prepare()
-        assert self._loop is not None
+        # On every worker: it makes variables, which communicates.
+        loop = self.ready_loop(iterator.element_spec)
         if not self.left:
             try:
                 return super()._train_function(iterator)
@@ -139,9 +144,12 @@ class TrialTraining(BlockTraining):
                 raise
             except Exception as error:
                 self.leave(error)
-        if self._loop._finished is not iterator:
+        while loop._finished is not iterator and not loop.all_ended:
             with _eagerly(self.model.run_eagerly):
-                self._loop._end_block(ended=True)
+                try:
+                    loop._end_block(ended=True)
+                except FloatingPointError as error:
+                    self.leave(error)
         raise StopIteration
 
     def _prepare(self):
@@ -150,7 +158,9 @@ class TrialTraining(BlockTraining):
         if fresh:
             loop: Any = self._loop
             loop._local_steps = self._steps.of(loop._local_steps, lambda result: result[0])
-            loop._boundary = self._boundaries.of(loop._boundary, lambda count: len([int(count)]))
+            loop._boundary = self._boundaries.of(
+                loop._boundary, lambda status: status.numpy() is not None
+            )
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
@@ -158,8 +168,7 @@ class TrialTraining(BlockTraining):
         if loss is not None and not math.isfinite(loss) and not self.left:
             self.leave(
                 kt.errors.FailedTrialError(
-                    f"The trial diverged: the loss is {float(loss)} at batch {batch}. A smaller "
-                    "sync_period, block_momentum or learning rate is more stable."
+                    _DIVERGED.format(f"The loss is {float(loss)} at batch {batch}.")
                 )
             )
 
