@@ -138,7 +138,7 @@ time.sleep(3600)
         assert time.monotonic() - begin < 5
     finally:
         launcher.kill()
-    assert launcher.returncode == 130
+    assert launcher.returncode == 128 + sig
     assert b"interrupted" in said
     assert not any(alive(int(file.read_text())) for file in files)
 
