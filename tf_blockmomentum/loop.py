@@ -3,6 +3,7 @@
 import contextlib
 import numbers
 import warnings
+import weakref
 
 import tensorflow as tf
 
@@ -84,7 +85,10 @@ class BlockLoop:
         self._jit = resolve_jit(jit_compile)
         self._skip_nonfinite = check_on_nonfinite(on_nonfinite) == "skip"
         self._position = 0  # local steps since the last boundary
-        self._batches = (None, 0)  # the present iterator, batches taken from it
+        # Batches taken from the present iterator. It is not kept alive: TensorFlow may wait
+        # forever for one that is left over when the process ends.
+        self._iterator = lambda: None
+        self._taken = 0
         self._ended = 0  # replicas whose data had ended at the last boundary
         self._stopping = False  # whether a worker has asked all to stop
         self.skipped = 0
@@ -177,8 +181,7 @@ class BlockLoop:
             with explaining_xla(self._jit):
                 taken, new_logs, following = self._local_steps(iterator, wanted, first, peek)
             self._position += taken
-            before = self._batches[1] if self._batches[0] is iterator else 0
-            self._batches = (iterator, before + taken)
+            self._count(iterator, taken)
             remaining -= taken
             if taken:
                 logs = new_logs
@@ -200,8 +203,14 @@ class BlockLoop:
     def batches(self):
         """The present iterator, how many of its batches have been trained on, and whether
         one more has been taken from it already."""
-        iterator, count = self._batches
-        return iterator, count, self._lookahead is not None and self._lookahead[0] is iterator
+        iterator = self._iterator()
+        one_more = self._lookahead is not None and self._lookahead[0] is iterator
+        return iterator, self._taken, one_more
+
+    def _count(self, iterator, batches):
+        if self._iterator() is not iterator:
+            self._iterator, self._taken = weakref.ref(iterator), 0
+        self._taken += batches
 
     @property
     def variables(self):
@@ -227,7 +236,7 @@ class BlockLoop:
 
         if count:
             take(iterator, tf.constant(count))
-        self._batches = (iterator, count + taken)
+        self._count(iterator, count + taken)
 
     def begin_epoch(self):
         """Forgets that data had ended, and whether to stop."""
