@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-oldest chaos lint format clean
+.PHONY: demo test test-all test-oldest chaos lint format clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
 
 test: $(VENV)/installed-all lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# With the tests that `make test` leaves out for their time.
+test-all: $(VENV)/installed-all lint
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 # The oldest supported TensorFlow and Keras, in an environment of their own.
 test-oldest: .venv-oldest/installed

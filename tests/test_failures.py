@@ -118,7 +118,12 @@ def undisturbed(tmp_path_factory):
             },
         ),
         ([], 1, {"repeated": {"optimizer": "schedule", "steps_per_epoch": 7, "stop": 16}}),
-        ([], 3, {"every step a block": {"optimizer": "sgd", "epochs": 2, "stop": 14}}),
+        pytest.param(
+            [],
+            3,
+            {"every step a block": {"optimizer": "sgd", "epochs": 2, "stop": 14}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["two workers", "no strategy", "three devices"],
 )
@@ -211,6 +216,7 @@ def test_one_that_never_comes(tmp_path):
     assert "worker 1 is stuck: no progress in 20 s, its last word: starting" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_elastic(tmp_path):
     """The third worker always fails; its two fellows go on with the backup of three."""
@@ -564,7 +570,14 @@ def test_keeps_some(tmp_path):
 # -- another number of replicas -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (2, 4),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+        pytest.param(3, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_other_replicas(tmp_path, strategy_of, before, after, capfd):
     fit(strategy_of(before), tmp_path, stop_at=4)
     saved = np.load(pieces(tmp_path)[-1], allow_pickle=False)

@@ -636,6 +636,7 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_cut_short(tmp_path):
     assert model.optimizer.blocks == told["blocks"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_digits_are_tuned(tmp_path):
     status, printed = run([EXAMPLE, "--trials", 1, "--seeds", 1, "--directory", tmp_path], 280)

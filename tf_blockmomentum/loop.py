@@ -93,7 +93,7 @@ class BlockLoop:
         self._stopping = False  # whether a worker has asked all to stop
         self.skipped = 0
         self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
-        self._finished = None  # the iterator whose end all replicas have reached
+        self._finished = lambda: None  # the iterator whose end all replicas have reached
         with self._strategy.scope():
             # Steps this replica took in this block.
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
@@ -170,7 +170,7 @@ class BlockLoop:
                 "optimizer.build(model.trainable_variables), inside strategy.scope()."
             )
         check_number("steps", steps, numbers.Integral, "a whole number of at least 1", 1)
-        if iterator is self._finished:
+        if self.has_finished(iterator):
             raise StopIteration
         logs, remaining = None, steps
         while remaining > 0:
@@ -188,11 +188,12 @@ class BlockLoop:
             ended = taken < wanted or (last and remaining == 0)
             if peek and not ended:
                 ended = not bool(following.has_value())
-                self._lookahead = (iterator, following)
+                self._lookahead = None if ended else (iterator, following)
             if ended or self._position >= period:
                 self._end_block(ended)
             if ended:
-                self._finished = iterator if taken < wanted or not last else None
+                over = taken < wanted or not last
+                self._finished = weakref.ref(iterator) if over else lambda: None
             if ended or self._stopping:
                 break
         if remaining == steps:
@@ -211,6 +212,10 @@ class BlockLoop:
         if self._iterator() is not iterator:
             self._iterator, self._taken = weakref.ref(iterator), 0
         self._taken += batches
+
+    def has_finished(self, iterator):
+        """Whether all replicas have come to the end of this iterator's data."""
+        return self._finished() is iterator
 
     @property
     def variables(self):

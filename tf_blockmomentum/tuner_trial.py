@@ -144,7 +144,7 @@ class TrialTraining(BlockTraining):
                 raise
             except Exception as error:
                 self.leave(error)
-        while loop._finished is not iterator and not loop.all_ended:
+        while not (loop.has_finished(iterator) or loop.all_ended):
             with _eagerly(self.model.run_eagerly):
                 try:
                     loop._end_block(ended=True)
