@@ -123,6 +123,10 @@ def test_cluster(tmp_path, workers):
     close([saw[0]["stock_kernel"]], [plain.get_weights()[0]], 2e-6)
     np.testing.assert_allclose(saw[0]["stock_accuracy"], accuracies, rtol=1e-5)
 
+    # What a train_step returned itself, the worker's number, is averaged over the workers.
+    for own in saw:
+        assert own["own_log"].tolist() == [(workers - 1) / 2]
+
     # 5. Errors name the remedy, on every worker.
     for own in saw:
         assert "must divide by the number of replicas" in str(own["error_batch"])

@@ -229,7 +229,7 @@ def install(make_test_function):
         result = original(self, logs)
         progress.note("has the metrics of all workers")
         if result is logs:  # not metrics: what a train_step or test_step of the user's returned
-            return self.distribute_strategy.reduce("MEAN", logs)
+            return keras.tree.map_structure(self.distribute_strategy.mean_over_workers, logs)
         return result
 
     for replacement in (

@@ -74,6 +74,12 @@ class BlockStrategy(tf.distribute.Strategy):
 
         return tf.nest.map_structure(reduce_one, value)
 
+    def mean_over_workers(self, value):
+        """The mean of the workers' own values of a tensor, on every worker."""
+        value = tf.cast(value, tf.float32)
+        values = self.experimental_distribute_values_from_function(lambda _: value)
+        return self.reduce("MEAN", values)
+
     def experimental_distribute_dataset(self, dataset, options=None):
         """Shards and rebatches `dataset`, which is batched by the global batch.
 
