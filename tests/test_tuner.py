@@ -661,6 +661,7 @@ def arguments():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_on_two_workers(tmp_path):
     (tmp_path / "script.py").write_text(f"import sys; sys.path.append({str(HERE)!r})\n" + SCRIPT)
