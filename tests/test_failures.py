@@ -407,8 +407,8 @@ def test_slurm_outside_slurm(monkeypatch):
 # -- damaged backups, in this process -------------------------------------------------------------
 
 
-def fit(strategy, directory, epochs=1, stop_at=None, **settings):
-    """A small fit with backups; returns the model."""
+def compiled(strategy):
+    """A small model with BatchNormalization and dropout, the same at every call."""
     keras.utils.set_random_seed(4)
     with scope(strategy):
         model = classifier(dropout=True)
@@ -416,6 +416,12 @@ def fit(strategy, directory, epochs=1, stop_at=None, **settings):
         model.compile(
             tfbm.BlockMomentum(inner, sync_period=3), crossentropy(), metrics=["accuracy"]
         )
+    return model
+
+
+def fit(strategy, directory, epochs=1, stop_at=None, **settings):
+    """A small fit with backups; returns the model."""
+    model = compiled(strategy)
     callbacks = [tfbm.BlockTraining(), tfbm.BlockBackup(directory, every=1, **settings)]
     if stop_at:
         callbacks.append(
@@ -594,13 +600,7 @@ def test_other_replicas(tmp_path, strategy_of, before, after, capfd):
                 seen["metrics"] = {m.name: m.result().numpy() for m in self.model.metrics[:1]}
                 seen["metrics"]["count"] = sum(replica_values(self.model.metrics[0].count))
 
-    keras.utils.set_random_seed(4)
-    with scope(strategy):
-        model = classifier(dropout=True)
-        inner = keras.optimizers.Adam(0.01)
-        model.compile(
-            tfbm.BlockMomentum(inner, sync_period=3), crossentropy(), metrics=["accuracy"]
-        )
+    model = compiled(strategy)
     x, y = examples(96)
     callbacks = [tfbm.BlockTraining(), Look(), tfbm.BlockBackup(tmp_path, every=1)]
     model.fit(dataset(x, y, 12), verbose=0, callbacks=callbacks)
