@@ -110,4 +110,33 @@ saw["label"] = history.history["label"]
 saw["labels"] = [int(y.sum()), len(y)]
 saw["uneven"] = [count.batches, model.optimizer.blocks]
 saw["weights"] = [w.tolist() for w in model.get_weights()]
+
+
+# 4. One worker alone stops: in validation, after it at an epoch's end, before a backup.
+class StopAlone(keras.callbacks.Callback):
+    """Worker 1 stops in the second epoch, where it is told to."""
+
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, self.stop)
+
+    def stop(self, *_):
+        if worker == 1 and len(self.model.history.epoch) == 1:
+            self.model.stop_training = True
+
+
+x, y = examples(32)
+saw["alone"] = []
+for hook in ("on_test_end", "on_epoch_end"):
+    for backup in ([], [tfbm.BlockBackup(out / f"backup-{hook}")]):
+        history = model.fit(
+            x,
+            y,
+            batch_size=16,
+            epochs=3,
+            verbose=0,
+            validation_data=(x, y),
+            callbacks=[tfbm.BlockTraining(), StopAlone(hook), *backup],
+        )
+        saw["alone"].append(len(history.epoch))
 (out / f"{worker}.json").write_text(json.dumps(saw))

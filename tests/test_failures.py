@@ -777,6 +777,9 @@ def test_callbacks_and_uneven_data(tmp_path):
         np.testing.assert_allclose(s["label"], [mean, mean], rtol=1e-6)
     assert saw[0]["weights"] == saw[1]["weights"]
 
+    # One worker stops alone at the end of its second epoch: both end there.
+    assert [s["alone"] for s in saw] == [[2] * 4] * 2
+
 
 @pytest.mark.timeout(300)
 def test_ray(tmp_path):

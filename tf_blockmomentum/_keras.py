@@ -190,6 +190,15 @@ def _strategy_method(make):
     setattr(_Trainer, name, method)
 
 
+class _LastCallback(keras.callbacks.Callback):
+    """Hears of an epoch's end after the user's callbacks. Fit reads `stop_training` next."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        training: Any = getattr(self.model.train_function, "__self__", None)
+        if hasattr(training, "after_callbacks"):
+            training.after_callbacks()
+
+
 def install(make_test_function):
     """Lets stock `fit`, `evaluate` and `predict` run under a block strategy.
 
@@ -203,9 +212,15 @@ def install(make_test_function):
 
     def fit(self, original, *args, **kwargs):
         # tf.data cannot tell the batch size of the dataset that Keras makes of arrays.
-        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
-        check_global_batch(given.get("batch_size"), self.distribute_strategy)
-        return original(self, *args, **kwargs)
+        given = inspect.signature(original).bind(self, *args, **kwargs)
+        check_global_batch(given.arguments.get("batch_size"), self.distribute_strategy)
+        callbacks = given.arguments.get("callbacks")
+        last = _LastCallback()
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.append(last)
+        else:
+            given.arguments["callbacks"] = [*keras.tree.flatten(callbacks or []), last]
+        return original(*given.args, **given.kwargs)
 
     def _maybe_symbolic_build(self, original, *args, **kwargs):
         with self.distribute_strategy.local_input():  # only shapes are wanted

@@ -127,6 +127,7 @@ class BlockBackup(keras.callbacks.Callback):
             )
         self._strategy = model.distribute_strategy
         self._epochs = _keras.epochs_of(model)
+        self._training = training
         self._loop = training.ready_loop(self._epochs.element_spec)
         self._optimizer = find(model.optimizer)
         self._worker, self._workers = worker_of(self._strategy)
@@ -151,6 +152,7 @@ class BlockBackup(keras.callbacks.Callback):
             self._save(self._epoch, batch + 1)
 
     def on_epoch_end(self, epoch, logs=None):
+        self._training.after_callbacks()  # all workers note the same about stopping
         self._save(epoch + 1, 0)
 
     def on_train_end(self, logs=None):

@@ -30,7 +30,9 @@ class BlockTraining(keras.callbacks.Callback):
     at the end of an epoch. The logs of a batch (the progress bar's) are this
     worker's own; the logs of an epoch are those of all examples of all workers.
     A worker that sets `model.stop_training` during an epoch stops all workers at the
-    next boundary, and then they end the epoch together.
+    next boundary, and then they end the epoch together. After every callback has seen
+    the end of an epoch the workers agree once more (one number is summed), so that one
+    whose callback stops there, or in validation, does not leave the others waiting.
 
     Args:
         jit_compile: True compiles every replica's step with XLA; False does not;
@@ -140,10 +142,21 @@ class BlockTraining(keras.callbacks.Callback):
 
     def before_epoch_logs(self):
         """Called where fit is about to reduce an epoch's metrics over the replicas: brings
-        all workers here, and to the same decision whether to stop."""
-        model = self.model
-        if self._loop is not None and model.train_function == self._train_function:
-            model.stop_training = self._loop.end_epoch(stopping=model.stop_training)
+        all workers here."""
+        loop = self._fitting_loop()
+        if loop is not None:
+            loop.end_epoch(stopping=self.model.stop_training)
+            self.model.stop_training |= loop.stopping
+
+    def after_callbacks(self):
+        """Called at the end of an epoch after all callbacks: brings all workers to the same
+        decision whether to stop."""
+        loop = self._fitting_loop()
+        if loop is not None:
+            self.model.stop_training = loop.any_worker(self.model.stop_training)
+
+    def _fitting_loop(self):
+        return self._loop if self.model.train_function == self._train_function else None
 
     def _prepare(self):
         """Once model and optimizer are built."""

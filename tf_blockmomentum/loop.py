@@ -248,20 +248,17 @@ class BlockLoop:
         self._ended, self._stopping = 0, False
 
     def end_epoch(self, stopping):
-        """Ends this worker's part of an epoch, however it came to its end.
-
-        Args:
-            stopping: whether this worker wants to stop.
-
-        Returns:
-            Whether any worker does.
-        """
+        """Ends this worker's part of an epoch, however it came to its end; `stopping`: whether
+        this worker wants to stop."""
         if not self.all_ended:
             self._end_block(ended=True, stopping=stopping)
-        if worker_of(self._strategy)[1] > 1:
-            wishes = self._sum(tf.constant(float(stopping)))
-            stopping = float(self._strategy.experimental_local_results(wishes)[0]) > 0
-        return stopping
+
+    def any_worker(self, wish):
+        """Whether any worker's wish is True; all workers ask alike."""
+        if worker_of(self._strategy)[1] == 1:
+            return wish
+        wishes = self._sum(tf.constant(float(wish)))
+        return float(self._strategy.experimental_local_results(wishes)[0]) > 0
 
     def _end_block(self, ended, stopping=False):
         """The boundary. A replica whose data has ended goes on taking part, without steps,
