@@ -60,3 +60,44 @@ def m_avg(
             boundaries.append([w.copy() for w in anchor])
             position = 0
     return boundaries, before
+
+
+def local_training(weights, batches, gradients, inner, outer, period, end=lambda states: states):
+    """Any method of the family, from its own recursion, in float64.
+
+    Args:
+        weights: list of arrays.
+        batches: `batches[step][replica] = (x, y)`.
+        gradients: function of weights, x, y that returns loss and gradients.
+        inner: function of (weights, gradients, state, step), which returns new weights and
+            state; the state is None at first.
+        outer: function of (anchor, delta, state, step), likewise, for one boundary.
+        period: K of the block that begins at a step, and with the drift of a whole one before it.
+        end: what becomes of the replicas' inner states at a boundary.
+
+    Returns the weights at every boundary, each block's length, and that of the next.
+    """
+    anchor = [np.asarray(w, np.float64) for w in weights]
+    local = [[w.copy() for w in anchor] for _ in batches[0]]
+    states, outer_state = [None] * len(local), None
+    boundaries, lengths, position, drift = [], [], 0, None
+    length = period(0, drift)
+    for step, shares in enumerate(batches):
+        for j, (x, y) in enumerate(shares):
+            _, grads = gradients(local[j], x, y)
+            local[j], states[j] = inner(local[j], grads, states[j], step)
+        position += 1
+        if position == length or step + 1 == len(batches):
+            mean = [np.mean(parts, axis=0) for parts in zip(*local, strict=True)]
+            apart = [
+                sum(((a - b) ** 2).sum() for a, b in zip(w, mean, strict=True)) for w in local
+            ]
+            drift = np.sqrt(np.mean(apart) / sum((w**2).sum() for w in anchor))
+            delta = [m - a for m, a in zip(mean, anchor, strict=True)]
+            anchor, outer_state = outer(anchor, delta, outer_state, step)
+            local = [[w.copy() for w in anchor] for _ in local]
+            states = end(states)
+            boundaries.append([w.copy() for w in anchor])
+            lengths.append(position)
+            position, length = 0, period(step + 1, drift if position == length else None)
+    return boundaries, lengths, length

@@ -67,6 +67,66 @@ def test_what_is_wrapped():
     assert tfbm.BlockMomentum("adam").inner_optimizer.name == "adam"
 
 
+@pytest.mark.parametrize(
+    "given", [{"block_momentum": 0.5}, {"nesterov": False}, {"block_learning_rate": 1.0}]
+)
+def test_an_outer_optimizer_and_what_it_replaces(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ValueError, match="takes no block_momentum, nesterov or block_learn") as e:
+        tfbm.BlockMomentum(SGD(), outer_optimizer=SGD(1.0, name="sgd"), **given)
+    assert f"Received: outer_optimizer='sgd' and {name}={value!r}. Give them to" in str(e.value)
+
+
+def test_outer_optimizers_that_cannot_be():
+    with pytest.raises(TypeError, match=r"Received: outer_optimizer=0.1"):
+        tfbm.BlockMomentum(SGD(), outer_optimizer=0.1)
+    with pytest.raises(ValueError, match=r"cannot wrap a BlockMomentum.*Received: outer_opt"):
+        tfbm.BlockMomentum(SGD(), outer_optimizer=tfbm.BlockMomentum(SGD()))
+    inner = SGD()
+    with pytest.raises(ValueError, match=r"one of its own.*the inner optimizer"):
+        tfbm.BlockMomentum(inner, outer_optimizer=inner)
+    inner.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match=r"not yet built.*built already"):
+        tfbm.BlockMomentum(SGD(), outer_optimizer=inner)
+    with pytest.raises(ValueError, match=r"cannot use use_ema=True.*belongs to the inner"):
+        tfbm.BlockMomentum(SGD(), outer_optimizer=SGD(use_ema=True))
+    with pytest.raises(ValueError, match="cannot use loss scaling"):
+        tfbm.BlockMomentum(SGD(), outer_optimizer=keras.optimizers.LossScaleOptimizer(SGD()))
+    alone = tfbm.SlowMo()
+    alone.build([keras.Variable([1.0])])
+    with pytest.raises(RuntimeError, match=r"Use tfbm.BlockMomentum\(.*outer_optimizer=tfbm.Slow"):
+        alone.apply([keras.ops.ones([1])])
+    with pytest.raises(ValueError, match="`momentum` must be a number from 0 up to"):
+        tfbm.SlowMo(momentum=1.0)
+
+
+def test_inner_state():
+    with pytest.raises(ValueError, match=r'"keep", "reset" or "average".*inner_state=None'):
+        tfbm.BlockMomentum(SGD(), inner_state=None)
+
+
+def test_schedules_of_the_period():
+    schedules = tfbm.schedules
+    with pytest.raises(ValueError, match=r"one value more than there are boundaries.*values=.4"):
+        schedules.PiecewisePeriod([10, 20], [4, 8])
+    with pytest.raises(ValueError, match="increasing boundaries"):
+        schedules.PiecewisePeriod([20, 10], [4, 8, 16])
+    with pytest.raises(ValueError, match=r"`values` must be a whole number.*values=0"):
+        schedules.PiecewisePeriod([10], [0, 8])
+    with pytest.raises(ValueError, match=r"`factor` must be at least 1. Received: factor=0.5"):
+        schedules.GrowingPeriod(4, 10, 16, factor=0.5)
+    with pytest.raises(ValueError, match=r"`target` must be positive. Received: target=0"):
+        schedules.DriftPeriod(0)
+    with pytest.raises(ValueError, match=r"minimum <= initial <= maximum.*initial=8"):
+        schedules.DriftPeriod(0.1, initial=8, maximum=4)
+    with pytest.raises(ValueError, match="cannot hold another PostLocal"):
+        schedules.PostLocal(10, schedules.PostLocal(10, 4))
+    optimizer = tfbm.BlockMomentum(SGD(), sync_period=lambda step: 2.5)
+    optimizer.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match=r"`sync_period\(0\)` must be a whole.*=2.5"):
+        optimizer.period  # noqa: B018
+
+
 def test_a_stock_strategy():
     stock = tf.distribute.MirroredStrategy(["CPU:0"])
     with stock.scope(), pytest.raises(ValueError, match="Received: a MirroredStrategy") as e:

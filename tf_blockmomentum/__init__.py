@@ -13,10 +13,11 @@ if "tf_blockmomentum.launch" in _sys.orig_argv or (
     __all__ = []
 else:
     from tf_blockmomentum import progress as _progress
+    from tf_blockmomentum import schedules
     from tf_blockmomentum.backup import BlockBackup
     from tf_blockmomentum.callback import BlockTraining, ChiefOnly
     from tf_blockmomentum.loop import BlockLoop
-    from tf_blockmomentum.optimizer import BlockMomentum
+    from tf_blockmomentum.optimizer import BlockMomentum, SlowMo
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 
     _progress.install()
@@ -29,6 +30,8 @@ else:
         "ChiefOnly",
         "MultiDeviceBlockStrategy",
         "MultiWorkerBlockStrategy",
+        "SlowMo",
+        "schedules",
     ]
 
 

@@ -100,11 +100,29 @@ def trained_variables(optimizer):
     return optimizer._trainable_variables
 
 
+def index_of(optimizer, variable):
+    """Where a variable stands among those an optimizer was built with."""
+    return optimizer._get_variable_index(variable)
+
+
 def moving_averages(optimizer, variables):
     """Pairs of an optimizer's moving averages (`use_ema`) and the variables they follow."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     averages = optimizer._model_variables_moving_average if optimizer.use_ema else []
     return [(a, v) for a, v in zip(averages, variables, strict=False) if a is not None]
+
+
+def slots(optimizer):
+    """What an optimizer remembers of its gradients: no counters, learning rate or averages of
+    the weights, and no gradients accumulated for the next step."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    others = [optimizer._learning_rate]
+    others += optimizer._accumulated_gradients if optimizer.gradient_accumulation_steps else []
+    others += optimizer._model_variables_moving_average if optimizer.use_ema else []
+    kept = {id(v) for v in others}
+    return [
+        v for v in optimizer.variables if id(v) not in kept and tf.as_dtype(v.dtype).is_floating
+    ]
 
 
 def track_block_count(optimizer):

@@ -70,6 +70,11 @@ class BlockTraining(keras.callbacks.Callback):
         """How many times a replica was left out of a block because it was not finite."""
         return self._loop.skipped if self._loop else 0
 
+    @property
+    def drift(self):
+        """The replicas' drift at the last boundary, as `BlockLoop.drift`."""
+        return self._loop.drift if self._loop else 0.0
+
     # -- Keras calls these ----------------------------------------------------------------------
 
     def set_model(self, model):

@@ -8,7 +8,7 @@ import weakref
 import tensorflow as tf
 
 from tf_blockmomentum import _keras, progress
-from tf_blockmomentum.optimizer import check_number, check_strategy, find
+from tf_blockmomentum.optimizer import check_number, check_strategy, find, square_norm
 from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas, worker_of
 
 
@@ -92,6 +92,7 @@ class BlockLoop:
         self._ended = 0  # replicas whose data had ended at the last boundary
         self._stopping = False  # whether a worker has asked all to stop
         self.skipped = 0
+        self._drift = 0.0
         self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
         self._finished = lambda: None  # the iterator whose end all replicas have reached
         with self._strategy.scope():
@@ -115,6 +116,12 @@ class BlockLoop:
     def position(self):
         """Local steps since the last boundary, from 0 to K - 1."""
         return self._position
+
+    @property
+    def drift(self):
+        """The replicas' drift at the last boundary, if the schedule of `sync_period` measures it
+        (0 if not): how far they were from their mean, relative to the anchor's norm."""
+        return self._drift
 
     @property
     def stopping(self):
@@ -174,7 +181,7 @@ class BlockLoop:
             raise StopIteration
         logs, remaining = None, steps
         while remaining > 0:
-            period = self._block_momentum.sync_period
+            period = self._block_momentum.period
             wanted = min(remaining, max(period - self._position, 1))
             first, self._lookahead = self._lookahead, None
             first = first[1] if first and first[0] is iterator else None
@@ -265,8 +272,11 @@ class BlockLoop:
         until the others' has ended too: all make the same number of boundaries."""
         while True:
             progress.note("waits in a boundary")
+            period = self._block_momentum.period
             status = self._boundary(tf.constant(ended), tf.constant(stopping))
-            _, self._ended, stop, *nonfinite = (int(x) for x in status.numpy())
+            *counts, self._drift = status.numpy().tolist()
+            active, self._ended, stop, steps, *nonfinite = map(round, counts)
+            self._block_momentum.adapt_period(period, round(steps / max(active, 1)), self._drift)
             progress.note("ended a block")
             self._position = 0
             self._stopping = stop > 0
@@ -278,7 +288,7 @@ class BlockLoop:
     def _handle_nonfinite(self, firsts):
         """`firsts`: for each replica 0, or the number of its first tensor not finite."""
         optimizer = self._block_momentum
-        variables = [*optimizer.trained_variables, *self._averaged]
+        variables = [*optimizer.trained_variables, *self._averaged, *optimizer.averaged_state]
         bad = {r: variables[first - 1] for r, first in enumerate(firsts) if first}
         what = "; ".join(
             f"replica {r} in variable {getattr(v, 'path', v.name)!r}" for r, v in bad.items()
@@ -308,43 +318,47 @@ class BlockLoop:
 
     def _replica_boundary(self, ended, stopping):
         """Ends this replica's block. Returns, of all replicas: how many were averaged, how
-        many replicas' data has ended, how many ask to stop; then for each replica 0, or the
-        number of its first tensor that is not finite."""
+        many replicas' data has ended, how many ask to stop, the steps of those averaged; then
+        for each replica 0, or the number of its first tensor that is not finite; the drift."""
         optimizer = self._block_momentum
-        took_steps = tf.convert_to_tensor(self._steps) > 0
+        steps = tf.convert_to_tensor(self._steps)
         self._steps.assign(tf.zeros_like(self._steps))
         context = tf.distribute.get_replica_context()
         replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-        status: tf.Tensor = None
+        counts: tf.Tensor = None
         first: tf.Tensor = None
 
         def mean(tensors):
-            nonlocal status, first
+            nonlocal counts, first
             finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
             first = tf.where(
-                tf.logical_and(took_steps, tf.logical_not(tf.reduce_all(finite))),
+                tf.logical_and(steps > 0, tf.logical_not(tf.reduce_all(finite))),
                 tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32),
                 0,
             )
-            taking_part = tf.logical_and(took_steps, first == 0)
-            # Counts in a dtype that is on the wire anyway; bfloat16 counts to 256 only.
-            wire = tensors[0].dtype if tensors else tf.float32
-            wire = tf.float32 if wire == tf.bfloat16 else wire
-            flags = [tf.cast(flag, wire) for flag in (taking_part, ended, stopping)]
-            header = tf.concat(
-                [flags, tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire)], axis=0
-            )
+            taking_part = tf.logical_and(steps > 0, first == 0)
             # Not by multiplying: a replica that is left out may hold anything.
             sent = [tf.where(taking_part, t, tf.zeros_like(t)) for t in tensors]
-            *sums, status = sum_over_replicas([*sent, header])
-            active = status[0]
+            # Counts in a dtype that is on the wire anyway, unless it counts badly.
+            wire = tensors[0].dtype if tensors else tf.float32
+            if wire == tf.bfloat16 or optimizer.scheduled:
+                wire = tf.float32
+            taken = tf.where(taking_part, steps, 0)
+            header = [tf.cast(x, wire) for x in (taking_part, ended, stopping, taken)]
+            header += tf.unstack(tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire))
+            if optimizer.measures_drift:
+                header.append(square_norm(sent[: len(optimizer.trained_variables)]))
+            *sums, total = sum_over_replicas([*sent, tf.stack(header)])
+            active = total[0]
             share = tf.math.reciprocal(tf.maximum(active, 1))
-            return [total * tf.cast(share, total.dtype) for total in sums], active > 0
+            counts = tf.cast(total[: 4 + replicas], tf.float32)
+            means = [s * tf.cast(share, s.dtype) for s in sums]
+            return means, active, total[3] * share, total[-1] * share
 
-        optimizer.end_block(mean, self._averaged)
+        drift = optimizer.end_block(mean, self._averaged)
         if self._skip_nonfinite:
             tf.cond(first > 0, lambda: _make_finite(optimizer), lambda: None)
-        return status
+        return tf.concat([counts, [drift]], axis=0)
 
 
 def _make_finite(optimizer):

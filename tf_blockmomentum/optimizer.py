@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from tf_blockmomentum import _keras
+from tf_blockmomentum import _keras, schedules
 from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas
 
 _NO_STRATEGY = tf.distribute.get_strategy()
@@ -37,23 +37,34 @@ class BlockMomentum(_keras.LocalUpdate):
     Special cases: `block_momentum=0` is K-AVG (local SGD, FedAvg). `sync_period=1,
     block_momentum=0` around plain SGD is synchronous SGD. One replica with
     `block_momentum=0` and a block learning rate is Lookahead. `nesterov=True` around
-    AdamW is DiLoCo's form.
+    AdamW is DiLoCo's form. Any other Keras optimizer can take the outer step instead:
+    docs/methods.md has a line for each published method.
 
     $v$ is in weight units. SlowMo divides by the inner learning rate, so it differs
-    when that changes over time; CNTK multiplies a sum by $1 - \eta$, so its block
-    learning rate of 1 is not this one.
+    when that changes over time (`SlowMo` is that outer optimizer); CNTK multiplies a
+    sum by $1 - \eta$, so its block learning rate of 1 is not this one.
 
     Args:
         inner_optimizer: any Keras optimizer (or its name); each replica has its own
             state of it. Weight decay, clipping, EMA and the learning rate belong here.
-        sync_period: K, local steps in a block, at least 1.
-        block_momentum: beta, in [0, 1). More replicas and longer training bear more.
-        nesterov: whether the outer step looks ahead.
-        block_learning_rate: zeta, 0 or more; 1 is the paper's.
+        sync_period: K, local steps in a block, at least 1; or a schedule of it, from
+            `tfbm.schedules` or any callable of the global step.
+        block_momentum: beta, in [0, 1); default 0.5. More replicas and longer training
+            bear more.
+        nesterov: whether the outer step looks ahead; default False.
+        block_learning_rate: zeta, 0 or more; default 1, the paper's.
+        outer_optimizer: a Keras optimizer that takes the outer step in place of these
+            three: it is given the anchor as variables and $-d$ as gradients.
+        inner_state: what becomes of the inner optimizer's slots (momenta, second
+            moments) at a boundary. "keep": each replica keeps its own. "reset": they
+            go back to their initial values; not for Adam and its like, whose bias
+            correction goes by the step. "average": they are averaged as the weights
+            are, which makes the all-reduce that much larger.
         name: optional name.
 
     Memory: two more copies of the trainable weights than the inner optimizer alone
-    (anchor, velocity), one when `block_momentum` is 0.
+    (anchor, velocity), one when `block_momentum` is 0; with an `outer_optimizer` the
+    anchor and its slots.
 
     Not for: models that fit's synchronous training already keeps busy on its network
     (nothing is gained); blocks so long that replicas drift apart (shorten K); fewer
@@ -64,8 +75,9 @@ class BlockMomentum(_keras.LocalUpdate):
 
     Raises:
         ValueError: an argument out of its range, an argument of the base class that
-            belongs to the inner optimizer, or a strategy that is not a block strategy.
-        TypeError: `inner_optimizer` is not a Keras optimizer.
+            belongs to the inner optimizer, both an `outer_optimizer` and what it
+            replaces, or a strategy that is not a block strategy.
+        TypeError: `inner_optimizer` or `outer_optimizer` is not a Keras optimizer.
 
     Example:
 
@@ -79,9 +91,11 @@ class BlockMomentum(_keras.LocalUpdate):
         self,
         inner_optimizer,
         sync_period=16,
-        block_momentum=0.5,
-        nesterov=False,
-        block_learning_rate=1.0,
+        block_momentum=None,
+        nesterov=None,
+        block_learning_rate=None,
+        outer_optimizer=None,
+        inner_state="keep",
         name=None,
         **kwargs,
     ):
@@ -91,43 +105,80 @@ class BlockMomentum(_keras.LocalUpdate):
                 f"{kwargs[argument]!r}. Set it on the inner optimizer instead, as in "
                 f"BlockMomentum(keras.optimizers.SGD(..., {argument}=...))."
             )
-        if isinstance(inner_optimizer, str | dict):
-            inner_optimizer = keras.optimizers.get(inner_optimizer)
-        if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
-            raise TypeError(
-                f"BlockMomentum wraps a Keras optimizer, such as keras.optimizers.SGD(0.1). "
-                f"Received: inner_optimizer={inner_optimizer!r}."
-            )
-        wrapped = getattr(inner_optimizer, "inner_optimizer", None)
-        if isinstance(inner_optimizer, BlockMomentum) or isinstance(wrapped, BlockMomentum):
+        inner_optimizer = _checked(inner_optimizer, "inner_optimizer")
+        if inner_state not in ("keep", "reset", "average"):
             raise ValueError(
-                "BlockMomentum cannot wrap a BlockMomentum. Received: inner_optimizer="
-                f"{inner_optimizer.name!r}. Wrap the optimizer inside it instead."
+                '`inner_state` must be "keep", "reset" or "average". Received: '
+                f"inner_state={inner_state!r}."
             )
-        whole, number = numbers.Integral, numbers.Real
-        check_number("sync_period", sync_period, whole, "a whole number of at least 1", 1)
-        expected = "a number from 0 up to, but not including, 1"
-        check_number("block_momentum", block_momentum, number, expected, 0, 1)
-        expected = "a number of at least 0"
-        check_number("block_learning_rate", block_learning_rate, number, expected, 0)
         # A callable keeps the base class from making a learning rate variable of its own.
         super().__init__(learning_rate=lambda: inner_optimizer.learning_rate, name=name)
         check_strategy(_keras.strategy_of(inner_optimizer))
         self.check_same_scope("inner optimizer", _keras.strategy_of(inner_optimizer))
         self.inner_optimizer = inner_optimizer
-        self.sync_period = int(sync_period)
-        self.block_momentum = float(block_momentum)
+        self.sync_period = schedules.check_schedule(sync_period)
+        self.inner_state = inner_state
+        momentum = {
+            "block_momentum": block_momentum,
+            "nesterov": nesterov,
+            "block_learning_rate": block_learning_rate,
+        }
+        if outer_optimizer is None:
+            outer_optimizer = self._make_outer_optimizer(**momentum)
+        else:
+            outer_optimizer = self._check_outer_optimizer(outer_optimizer, momentum)
+        self.outer_optimizer = outer_optimizer
+        _keras.make_local(self.inner_optimizer)
+        _keras.make_local(self.outer_optimizer)
+        self._stepping = False
+
+    def _make_outer_optimizer(self, block_momentum, nesterov, block_learning_rate):
+        self.block_momentum = 0.5 if block_momentum is None else block_momentum
         self.nesterov = bool(nesterov)
-        self.block_learning_rate = float(block_learning_rate)
-        self.outer_optimizer = keras.optimizers.SGD(
+        self.block_learning_rate = 1.0 if block_learning_rate is None else block_learning_rate
+        number, expected = numbers.Real, "a number from 0 up to, but not including, 1"
+        check_number("block_momentum", self.block_momentum, number, expected, 0, 1)
+        expected = "a number of at least 0"
+        check_number("block_learning_rate", self.block_learning_rate, number, expected, 0)
+        self.block_momentum = float(self.block_momentum)
+        self.block_learning_rate = float(self.block_learning_rate)
+        return keras.optimizers.SGD(
             learning_rate=self.block_learning_rate,
             momentum=self.block_momentum,
             nesterov=self.nesterov,
             name="outer",
         )
-        _keras.make_local(self.inner_optimizer)
-        _keras.make_local(self.outer_optimizer)
-        self._stepping = False
+
+    def _check_outer_optimizer(self, outer_optimizer, momentum):
+        outer_optimizer = _checked(outer_optimizer, "outer_optimizer")
+        given = [f"{name}={value!r}" for name, value in momentum.items() if value is not None]
+        if given:
+            raise ValueError(
+                "With an outer_optimizer, BlockMomentum takes no block_momentum, nesterov or "
+                f"block_learning_rate. Received: outer_optimizer={outer_optimizer.name!r} and "
+                f"{', '.join(given)}. Give them to the outer optimizer, as in "
+                "outer_optimizer=keras.optimizers.SGD(block_learning_rate, "
+                "momentum=block_momentum, nesterov=...), or leave it out."
+            )
+        if outer_optimizer is self.inner_optimizer or outer_optimizer.built:
+            raise ValueError(
+                "The outer optimizer must be one of its own, not yet built. Received: "
+                f"outer_optimizer={outer_optimizer.name!r}, "
+                + ("the inner optimizer." if not outer_optimizer.built else "built already.")
+            )
+        loss_scaling = isinstance(outer_optimizer, keras.optimizers.LossScaleOptimizer)
+        if loss_scaling or outer_optimizer.use_ema:
+            what = "loss scaling" if loss_scaling else "use_ema=True"
+            raise ValueError(
+                f"An outer optimizer cannot use {what}. Received: outer_optimizer="
+                f"{outer_optimizer.name!r}. It belongs to the inner optimizer."
+            )
+        self.check_same_scope("outer optimizer", _keras.strategy_of(outer_optimizer))
+        for name in momentum:
+            setattr(self, name, None)
+        if isinstance(outer_optimizer, SlowMo):
+            outer_optimizer.follow(self.inner_optimizer)
+        return outer_optimizer
 
     # -- the algorithm ---------------------------------------------------------------------
 
@@ -159,27 +210,91 @@ class BlockMomentum(_keras.LocalUpdate):
         Called by `BlockLoop` in replica context.
 
         Args:
-            mean: a function from a list of tensors to their means over the replicas, and
-                whether any replica took a step: without one this is no block.
+            mean: a function from a list of tensors to their means over the replicas; the
+                number of replicas that took a step (without one this is no block); the mean
+                number of steps; and the mean square norm of the first tensors, as many as
+                there are weights, if `measures_drift`.
             averaged_variables: variables to be replaced by their means (statistics).
+
+        Returns:
+            The drift, or 0 where it is not measured.
         """
         weights, anchors = self.trained_variables, self._anchors
         deltas = [ops.subtract(w, anchor) for w, anchor in zip(weights, anchors, strict=True)]
-        statistics = [ops.convert_to_tensor(v) for v in averaged_variables]
-        means, any_steps = mean([*deltas, *statistics])
-        d, statistics = means[: len(deltas)], means[len(deltas) :]
+        averaged_variables = [*averaged_variables, *self.averaged_state]
+        others = [ops.convert_to_tensor(v) for v in averaged_variables]
+        means, active, steps, square = mean([*deltas, *others])
+        d, others = means[: len(deltas)], means[len(deltas) :]
+        drift = tf.constant(0.0)
+        if self.measures_drift:
+            spread = tf.maximum(square - square_norm(d), 0)  # mean |w_j|^2 - |mean w|^2
+            drift = tf.sqrt(tf.math.divide_no_nan(spread, square_norm(anchors)))
+
+        def rest():  # of the block momentum, while warming up
+            for anchor, x in zip(anchors, d, strict=True):
+                anchor.assign_add(x)
 
         def outer_step():
             self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
+
+        def end():
+            if self._warm_up:
+                tf.cond(self._global_step < self._warm_up, rest, outer_step)
+            else:
+                outer_step()
             for w, anchor in zip(weights, anchors, strict=True):
                 if w.constraint is not None:
                     anchor.assign(w.constraint(anchor))
                 w.assign(anchor)
-            for v, value in zip(averaged_variables, statistics, strict=True):
+            for v, value in zip(averaged_variables, others, strict=True):
                 v.assign(value)
+            if self.inner_state == "reset":
+                for slot, initial in self._initial_slots:
+                    slot.assign(ops.full(slot.shape, initial, slot.dtype))
             self._blocks.assign_add(1)
+            if self.scheduled:
+                self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
 
-        tf.cond(any_steps, outer_step, lambda: None)
+        tf.cond(active > 0, end, lambda: None)
+        return drift
+
+    @property
+    def averaged_state(self):
+        """Variables of the inner optimizer that are averaged at a boundary."""
+        return _keras.slots(self.inner_optimizer) if self.inner_state == "average" else []
+
+    # -- how long a block is -----------------------------------------------------------------
+
+    @property
+    def scheduled(self):
+        """Whether `sync_period` is a schedule."""
+        return not isinstance(self.sync_period, int)
+
+    @property
+    def _warm_up(self):
+        return getattr(self.sync_period, "warm_up", 0)
+
+    @property
+    def measures_drift(self):
+        """Whether the schedule of `sync_period` wants to know the drift."""
+        return getattr(self.sync_period, "measures_drift", False)
+
+    @property
+    def period(self):
+        """K of the present block, an int."""
+        if not self.scheduled:
+            return self.sync_period
+        return schedules.period_of(
+            self.sync_period, int(self._global_step.numpy()), int(self._adapted.numpy())
+        )
+
+    def adapt_period(self, period, steps, drift):
+        """Tells the schedule of a block that has ended, `steps` of its `period` long."""
+        if self.measures_drift and steps:
+            before = int(self._adapted.numpy())
+            begun = int(self._global_step.numpy()) - steps
+            adapted = self.sync_period.adapt(begun, period, drift)
+            self._adapted.assign(adapted if steps >= period else min(adapted, before))
 
     def restart_block(self):
         """Takes the present weights for the anchor, on every replica of this worker: they
@@ -232,7 +347,20 @@ class BlockMomentum(_keras.LocalUpdate):
             self._anchors = self.add_optimizer_variables(variables, "anchor")
             self.inner_optimizer.build(variables)
             self.outer_optimizer.build(self._anchors)
+            if self.scheduled:
+                self._global_step = self._counter("global_step", 0)
+                self._adapted = self._counter(
+                    "sync_period", getattr(self.sync_period, "initial", 1)
+                )
+            if self.inner_state == "reset":
+                slots = _keras.slots(self.inner_optimizer)
+                self._initial_slots = [(slot, _initial_value(slot)) for slot in slots]
             self.restart_block()
+
+    def _counter(self, name, value):
+        return self.add_variable(
+            shape=(), initializer=keras.initializers.Constant(value), dtype="int64", name=name
+        )
 
     @property
     def variables(self):
@@ -289,13 +417,19 @@ class BlockMomentum(_keras.LocalUpdate):
         tf.function(lambda: strategy.run(replica))()
 
     def get_config(self):
-        """The arguments, the inner optimizer nested."""
+        """The arguments, the optimizers nested."""
         return {
             "inner_optimizer": _keras.serialize_optimizer(self.inner_optimizer),
-            "sync_period": self.sync_period,
+            "sync_period": keras.saving.serialize_keras_object(self.sync_period),
             "block_momentum": self.block_momentum,
             "nesterov": self.nesterov,
             "block_learning_rate": self.block_learning_rate,
+            "outer_optimizer": (
+                _keras.serialize_optimizer(self.outer_optimizer)
+                if self.block_momentum is None
+                else None
+            ),
+            "inner_state": self.inner_state,
             "name": self.name,
         }
 
@@ -303,10 +437,103 @@ class BlockMomentum(_keras.LocalUpdate):
     def from_config(cls, config, custom_objects=None):
         """The reverse of `get_config`."""
         config = dict(config)
-        inner = keras.saving.deserialize_keras_object(
-            config.pop("inner_optimizer"), custom_objects=custom_objects
+        for name in ("inner_optimizer", "outer_optimizer", "sync_period"):
+            if name in config:
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name], custom_objects=custom_objects
+                )
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="tf_blockmomentum")
+class SlowMo(keras.optimizers.Optimizer):
+    r"""SlowMo's outer optimizer, for `BlockMomentum(outer_optimizer=...)`.
+
+    Its buffer is in gradient units: with $\gamma$ the inner learning rate at the boundary,
+
+    $$u \leftarrow \beta u - d / \gamma, \qquad anchor \leftarrow anchor - \alpha \gamma u$$
+
+    At a constant $\gamma$ that is M-AVG with $\zeta = \alpha$. Where the inner learning rate
+    falls, what SlowMo remembers of earlier blocks shrinks with it, and M-AVG's velocity
+    does not.
+
+    Args:
+        learning_rate: alpha; 1 is the paper's.
+        momentum: beta, in [0, 1); the paper has 0.4 to 0.8.
+        name: optional name.
+        **kwargs: as in `keras.optimizers.Optimizer`.
+
+    Source: Wang et al., "SlowMo: Improving Communication-Efficient Distributed SGD with
+    Slow Momentum" (arXiv 1910.00643), Algorithm 1.
+
+    Raises:
+        ValueError: a momentum outside [0, 1).
+        RuntimeError: used other than as an outer optimizer.
+    """
+
+    def __init__(self, learning_rate=1.0, momentum=0.5, name="slowmo", **kwargs):
+        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
+        expected = "a number from 0 up to, but not including, 1"
+        check_number("momentum", momentum, numbers.Real, expected, 0, 1)
+        self.momentum = float(momentum)
+        self._inner_learning_rate = None
+
+    def follow(self, inner_optimizer):
+        """Takes gamma from an inner optimizer."""
+        self._inner_learning_rate = lambda: inner_optimizer.learning_rate
+
+    def build(self, variables):
+        """Makes u."""
+        if not self.built:
+            super().build(variables)
+            self._buffers = self.add_optimizer_variables(variables, "slow_momentum")
+
+    def update_step(self, gradient, variable, learning_rate):
+        """The two equations."""
+        if self._inner_learning_rate is None:
+            raise RuntimeError(
+                "SlowMo is an outer optimizer: it needs the inner one's learning rate. Use "
+                "tfbm.BlockMomentum(inner_optimizer, outer_optimizer=tfbm.SlowMo())."
+            )
+        u = self._buffers[_keras.index_of(self, variable)]
+        gamma = ops.cast(self._inner_learning_rate(), variable.dtype)
+        # Where gamma is 0 no replica has moved.
+        gradient = tf.math.divide_no_nan(ops.cast(gradient, variable.dtype), gamma)
+        self.assign(u, self.momentum * u + gradient)
+        self.assign_sub(variable, ops.cast(learning_rate, variable.dtype) * gamma * u)
+
+    def get_config(self):
+        """The arguments."""
+        return {**super().get_config(), "momentum": self.momentum}
+
+
+def _checked(optimizer, what):
+    """Returns a Keras optimizer, from its name or config too."""
+    if isinstance(optimizer, str | dict):
+        optimizer = keras.optimizers.get(optimizer)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            f"BlockMomentum wraps a Keras optimizer, such as keras.optimizers.SGD(0.1). "
+            f"Received: {what}={optimizer!r}."
         )
-        return cls(inner, **config)
+    wrapped = getattr(optimizer, "inner_optimizer", None)
+    if isinstance(optimizer, BlockMomentum) or isinstance(wrapped, BlockMomentum):
+        raise ValueError(
+            f"BlockMomentum cannot wrap a BlockMomentum. Received: {what}="
+            f"{optimizer.name!r}. Wrap the optimizer inside it instead."
+        )
+    return optimizer
+
+
+def square_norm(tensors):
+    """The sum of the squares of all their elements, in float32."""
+    return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
+
+
+def _initial_value(slot):
+    """What a new slot is filled with."""
+    value = slot.numpy()
+    return float(value.flat[0]) if value.size else 0.0
 
 
 def find(optimizer):

@@ -1,0 +1,51 @@
+"""Elastic averaging SGD in its synchronous form, on BlockLoop, to compare with.
+
+Not a part of the package: replicas never go back to what they share, so there is no anchor in
+`BlockMomentum`'s sense, and what is saved in mid-training is the centre only.
+"""
+
+import keras
+import tensorflow as tf
+
+import tf_blockmomentum as tfbm
+
+
+class ElasticAveraging(tfbm.BlockMomentum):
+    r"""EASGD; EAMSGD when the inner optimizer is SGD with Nesterov momentum.
+
+    Every K steps, with $\tilde x$ the centre (the anchor) and $\alpha = \beta / P$:
+
+    $$w_j \leftarrow w_j - \alpha (w_j - \tilde x), \qquad
+    \tilde x \leftarrow \tilde x + \beta\, (\bar w - \tilde x)$$
+
+    Args:
+        inner_optimizer: what each replica trains with.
+        sync_period: K (the paper's tau).
+        elasticity: beta, in (0, 1]; the paper's 0.9.
+
+    Source: Zhang, Choromanska and LeCun, "Deep learning with Elastic Averaging SGD"
+    (arXiv 1412.6651), equations 5 and 6 with communication period tau.
+    """
+
+    def __init__(self, inner_optimizer, sync_period, elasticity=0.9):
+        super().__init__(inner_optimizer, sync_period, block_momentum=0)
+        self.elasticity = elasticity
+
+    def end_block(self, mean, averaged_variables=()):
+        """In place of the outer step: both sides of the elastic move."""
+        pairs = list(zip(self.trained_variables, self._anchors, strict=True))
+        deltas = [keras.ops.subtract(w, centre) for w, centre in pairs]
+        statistics = [keras.ops.convert_to_tensor(v) for v in averaged_variables]
+        means, active, _, _ = mean([*deltas, *statistics])
+        alpha = self.elasticity / tf.distribute.get_strategy().num_replicas_in_sync
+
+        def move():
+            for (w, centre), delta, d in zip(pairs, deltas, means, strict=False):
+                w.assign_sub(alpha * delta)
+                centre.assign_add(self.elasticity * d)
+            for v, value in zip(averaged_variables, means[len(pairs) :], strict=True):
+                v.assign(value)
+            self._blocks.assign_add(1)
+
+        tf.cond(active > 0, move, lambda: None)
+        return tf.constant(0.0)

@@ -1,0 +1,244 @@
+"""Schedules of `sync_period`: how many local steps the next block has."""
+
+import numbers
+
+import keras
+
+_register = keras.saving.register_keras_serializable(package="tf_blockmomentum")
+
+
+class SyncPeriodSchedule:
+    """Base of the schedules for `BlockMomentum(sync_period=...)`.
+
+    Called on every worker when a block begins, with numbers that are the same everywhere, and
+    has to give the same on all of them. Any callable of the global step will do in its place
+    (to be saved with a model it has to be registered with Keras).
+    """
+
+    # Steps at the beginning in which every block is a step long and the outer step is rest:
+    # the anchor becomes the mean, and the velocity does not move.
+    warm_up = 0
+    measures_drift = False
+    initial = 1
+
+    def __call__(self, step, adapted):
+        """K of the block that begins.
+
+        Args:
+            step: local steps of a replica so far, over all epochs.
+            adapted: what `adapt` returned last; `initial` before.
+        """
+        raise NotImplementedError
+
+    def adapt(self, step, period, drift):
+        """Told of a block of `period` steps that began at `step`, and of its drift, if the class
+        sets `measures_drift`; returns the next `adapted`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config):
+        """The reverse of `get_config`."""
+        return cls(**config)
+
+
+@_register
+class PiecewisePeriod(SyncPeriodSchedule):
+    """One K up to a step, another from there on.
+
+    Args:
+        boundaries: increasing steps at which K changes.
+        values: the K before, between and after them; one more than `boundaries`.
+
+    Example:
+
+    >>> period = tfbm.schedules.PiecewisePeriod([1000, 5000], [4, 8, 16])
+    >>> period(0), period(1000), period(9000)
+    (4, 8, 16)
+    """
+
+    def __init__(self, boundaries, values):
+        self.boundaries, self.values = list(boundaries), list(values)
+        for k in self.values:
+            check_period(k, "values")
+        steps = [check_period(step, "boundaries") for step in self.boundaries]
+        if steps != sorted(set(steps)) or len(self.values) != len(steps) + 1:
+            raise ValueError(
+                "PiecewisePeriod needs increasing boundaries and one value more than there are "
+                f"boundaries. Received: boundaries={boundaries!r}, values={values!r}."
+            )
+
+    def __call__(self, step, adapted=None):
+        return self.values[sum(step >= boundary for boundary in self.boundaries)]
+
+    def get_config(self):
+        return {"boundaries": self.boundaries, "values": self.values}
+
+
+@_register
+class GrowingPeriod(SyncPeriodSchedule):
+    r"""K grows as training settles: $\min(K_{max}, K_0\, factor^{\lfloor step / every \rfloor})$.
+
+    Replicas part fastest at the beginning, when gradients and learning rate are large.
+
+    Args:
+        initial: $K_0$.
+        every: steps between two growths.
+        maximum: $K_{max}$.
+        factor: at least 1; a K that is not whole is rounded down.
+
+    Example:
+
+    >>> period = tfbm.schedules.GrowingPeriod(initial=4, every=1000, maximum=32)
+    >>> period(999), period(1000), period(10**6)
+    (4, 8, 32)
+    """
+
+    def __init__(self, initial, every, maximum, factor=2):
+        self.initial = check_period(initial, "initial")
+        self.every = check_period(every, "every")
+        self.maximum = check_period(maximum, "maximum")
+        if not isinstance(factor, int | float) or factor < 1:
+            raise ValueError(f"`factor` must be at least 1. Received: factor={factor!r}.")
+        self.factor = factor
+
+    def __call__(self, step, adapted=None):
+        period: float = self.initial
+        for _ in range(step // self.every):  # not by a power: that may overflow
+            if period >= self.maximum or self.factor == 1:
+                break
+            period *= self.factor
+        return min(int(period), self.maximum)
+
+    def get_config(self):
+        return {
+            "initial": self.initial,
+            "every": self.every,
+            "maximum": self.maximum,
+            "factor": self.factor,
+        }
+
+
+@_register
+class DriftPeriod(SyncPeriodSchedule):
+    r"""K follows the replicas' drift: doubled while they agree, halved when they part.
+
+    At a boundary the drift is $\sqrt{\frac1P\sum_j \|w_j - \bar w\|^2} / \|anchor\|$. Below half
+    of `target` the next block is twice as long; above `target` half as long. Drift grows about
+    in proportion to K at most, so that a doubled block should stay below the target. A block
+    that was cut short (at the end of an epoch) can only shorten.
+
+    Cost: three numbers on the wire, and a pass over deltas and weights at each boundary.
+
+    Args:
+        target: the drift to stay below, such as 0.02. It scales with the learning rate: look
+            at a few (`BlockTraining.drift`) before choosing.
+        initial: the first block's K.
+        minimum: the shortest.
+        maximum: the longest.
+
+    Not for: comparing methods at equal communication, since K is then an outcome.
+    """
+
+    measures_drift = True
+
+    def __init__(self, target, initial=8, minimum=1, maximum=128):
+        if not isinstance(target, int | float) or not target > 0:
+            raise ValueError(f"`target` must be positive. Received: target={target!r}.")
+        self.target = float(target)
+        self.initial = check_period(initial, "initial")
+        self.minimum = check_period(minimum, "minimum")
+        self.maximum = check_period(maximum, "maximum")
+        if not minimum <= initial <= maximum:
+            raise ValueError(
+                "DriftPeriod needs minimum <= initial <= maximum. Received: "
+                f"minimum={minimum}, initial={initial}, maximum={maximum}."
+            )
+
+    def __call__(self, step, adapted):
+        return adapted
+
+    def adapt(self, step, period, drift):
+        if drift > self.target:
+            return max(period // 2, self.minimum)
+        return min(2 * period, self.maximum) if drift < self.target / 2 else period
+
+    def get_config(self):
+        return {
+            "target": self.target,
+            "initial": self.initial,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
+
+
+@_register
+class PostLocal(SyncPeriodSchedule):
+    """A synchronous warm start: K=1 and no block momentum until a step, then blocks.
+
+    Until then, around SGD with or without momentum, training equals synchronous SGD. Helps
+    where the first steps are the wild ones (a large learning rate, its warm-up).
+
+    Args:
+        steps: how many steps are synchronous.
+        sync_period: K from there on, or another schedule of it.
+
+    Source: Lin et al., "Don't Use Large Mini-Batches, Use Local SGD" (arXiv 1808.07217),
+    section 3: post-local SGD.
+
+    Example:
+
+    >>> period = tfbm.schedules.PostLocal(steps=500, sync_period=16)
+    >>> period(499), period(500)
+    (1, 16)
+    """
+
+    def __init__(self, steps, sync_period):
+        self.steps = self.warm_up = check_period(steps, "steps")
+        self.sync_period = check_schedule(sync_period)
+        if getattr(sync_period, "warm_up", 0):
+            raise ValueError(
+                "PostLocal cannot hold another PostLocal. Received: sync_period="
+                f"{sync_period!r}. Give the later of the two numbers of steps to one."
+            )
+        self.measures_drift = getattr(sync_period, "measures_drift", False)
+        self.initial = getattr(sync_period, "initial", 1)
+
+    def __call__(self, step, adapted=None):
+        return 1 if step < self.steps else period_of(self.sync_period, step, adapted)
+
+    def adapt(self, step, period, drift):
+        if step < self.steps:
+            return self.initial
+        return self.sync_period.adapt(step, period, drift)
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {"steps": self.steps, "sync_period": serialize(self.sync_period)}
+
+    @classmethod
+    def from_config(cls, config):
+        deserialize = keras.saving.deserialize_keras_object
+        return cls(config["steps"], deserialize(config["sync_period"]))
+
+
+def period_of(sync_period, step, adapted):
+    """K at a step, of a whole number, a schedule, or another callable."""
+    if isinstance(sync_period, numbers.Integral):
+        return sync_period
+    if isinstance(sync_period, SyncPeriodSchedule):
+        return sync_period(step, adapted)
+    return check_period(sync_period(step), f"sync_period({step})")
+
+
+def check_schedule(sync_period):
+    """Returns what `sync_period` may be."""
+    return sync_period if callable(sync_period) else check_period(sync_period, "sync_period")
+
+
+def check_period(value, name):
+    """Returns a whole number of at least 1 as an int; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(
+            f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}."
+        )
+    return int(value)
