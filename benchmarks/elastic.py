@@ -33,7 +33,7 @@ class ElasticAveraging(tfbm.BlockMomentum):
 
     def end_block(self, mean, averaged_variables=()):
         """In place of the outer step: both sides of the elastic move."""
-        pairs = list(zip(self.trained_variables, self._anchors, strict=True))
+        pairs = list(zip(self.trained_variables, self.anchors, strict=True))
         deltas = [keras.ops.subtract(w, centre) for w, centre in pairs]
         statistics = [keras.ops.convert_to_tensor(v) for v in averaged_variables]
         means, active, _, _ = mean([*deltas, *statistics])

@@ -39,11 +39,11 @@ def fit(model, *data, **settings):
 @pytest.mark.parametrize(
     ("sync_period", "blocks", "known"),
     [
-        (1, [6, 12], True),
-        (3, [2, 4], False),
+        pytest.param(1, [6, 12], True, marks=pytest.mark.slow),
+        pytest.param(3, [2, 4], False, marks=pytest.mark.slow),
         (4, [2, 4], True),
         (4, [2, 4], False),
-        (50, [1, 2], False),
+        pytest.param(50, [1, 2], False, marks=pytest.mark.slow),
     ],
 )
 def test_steps_per_execution_changes_nothing(strategy_of, sync_period, blocks, known):
@@ -204,8 +204,14 @@ def test_own_train_step_weights_and_several_inputs(strategy_of):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager_ops", "xla"])
-@pytest.mark.parametrize("steps_per_execution", [1, 3])
+@pytest.mark.parametrize(
+    ("jit", "steps_per_execution"),
+    [
+        (True, 3),
+        (False, 1),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((True, 1), (False, 3))),
+    ],
+)
 def test_evaluate_and_predict_before_any_fit(strategy_of, jit, steps_per_execution):
     x, y = examples()
     results = []

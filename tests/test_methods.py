@@ -225,7 +225,14 @@ def by_step(step):
     return 1 + step % 4
 
 
-@pytest.mark.parametrize("name", PERIODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "callable",
+        "drift",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("piecewise", "growing")),
+    ],
+)
 def test_a_schedule_of_the_period(strategy_of, tmp_path, name):
     make, period = PERIODS[name]
     batches, dataset = data(30, 2)
@@ -246,7 +253,7 @@ def test_a_schedule_of_the_period(strategy_of, tmp_path, name):
     assert type(loaded.sync_period) is type(model.optimizer.sync_period)
 
 
-@pytest.mark.parametrize("inner_momentum", [0.0, 0.8])
+@pytest.mark.parametrize("inner_momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_post_local_sgd_begins_as_synchronous_sgd(strategy_of, inner_momentum):
     """Whatever the block momentum; steps_per_execution does not divide what it is."""
     batches, dataset = data(18, 2)
@@ -279,7 +286,9 @@ def test_post_local_sgd_begins_as_synchronous_sgd(strategy_of, inner_momentum):
         close(model.get_weights(), want[-1])
 
 
-@pytest.mark.parametrize("inner_state", ["keep", "reset", "average"])
+@pytest.mark.parametrize(
+    "inner_state", ["reset", "average", pytest.param("keep", marks=pytest.mark.slow)]
+)
 def test_inner_state(strategy_of, inner_state):
     def momentum_sgd(weights, grads, state, step):
         v = [0.9 * b - 0.1 * g for b, g in zip(state or [0.0] * 9, grads, strict=False)]

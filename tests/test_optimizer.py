@@ -38,7 +38,14 @@ def compiled(strategy, inner, **settings):
     return model
 
 
-@pytest.mark.parametrize("name", INNER)
+# Each compiles for ten seconds; what is peculiar about an optimizer is in these.
+QUICK = ("sgd", "adamw_clipnorm", "nadam", "ema", "accumulation")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in INNER],
+)
 def test_trains_evaluates_saves_and_reloads(strategy_of, tmp_path, name):
     """On two replicas, XLA and not; then the file gives back the compiled model."""
     x, y = examples()
@@ -46,8 +53,9 @@ def test_trains_evaluates_saves_and_reloads(strategy_of, tmp_path, name):
     for jit in (False, True):
         keras.utils.set_random_seed(0)
         model = compiled(strategy_of(2), INNER[name])
+        before = model.evaluate(x, y, batch_size=16, verbose=0)[0]
         history = model.fit(
-            x, y, batch_size=16, epochs=6, shuffle=False, verbose=0,
+            np.tile(x, [6, 1]), np.tile(y, 6), batch_size=16, shuffle=False, verbose=0,
             callbacks=[tfbm.BlockTraining(jit_compile=jit)],
         )  # fmt: skip
         losses[jit] = history.history["loss"]
@@ -59,7 +67,7 @@ def test_trains_evaluates_saves_and_reloads(strategy_of, tmp_path, name):
     np.testing.assert_allclose(losses[False], losses[True], rtol=2e-2)
     after, accuracy = model.evaluate(x, y, batch_size=16, verbose=0)
     assert np.isfinite(after)
-    assert after < 0.9 * losses[True][0]
+    assert after < 0.8 * before
 
     path = tmp_path / "model.keras"
     model.save(path)
@@ -199,8 +207,11 @@ def test_constraints_hold_after_the_outer_step(strategy_of):
     assert kernel.max() > 0.0
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16", "float16", "bfloat16"])
-@pytest.mark.parametrize("jit", [False, True], ids=["eager_ops", "xla"])
+LOW = [("mixed_float16", True), ("mixed_bfloat16", False), ("float16", False), ("bfloat16", True)]
+LOW += [pytest.param(policy, not jit, marks=pytest.mark.slow) for policy, jit in LOW]
+
+
+@pytest.mark.parametrize(("policy", "jit"), LOW)
 def test_low_precision(strategy_of, policy, jit):
     x, y = examples()
     keras.config.set_dtype_policy(policy)
@@ -208,7 +219,7 @@ def test_low_precision(strategy_of, policy, jit):
     before = model.evaluate(x, y, batch_size=16, verbose=0)[0]
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (policy == "mixed_float16")
-    model.fit(x, y, batch_size=16, epochs=5, verbose=0,
+    model.fit(np.tile(x, [5, 1]), np.tile(y, 5), batch_size=16, verbose=0,
               callbacks=[tfbm.BlockTraining(jit_compile=jit)])  # fmt: skip
     assert model.evaluate(x, y, batch_size=16, verbose=0)[0] < 0.8 * before
     wrapper = model.optimizer.inner_optimizer if scaled else model.optimizer

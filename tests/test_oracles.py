@@ -182,7 +182,9 @@ def test_block_learning_rate_zero_freezes_the_anchor(strategy_of):
 
 
 @both
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize(
+    "case", [0, 1, 2, *(pytest.param(case, marks=pytest.mark.slow) for case in range(3, 6))]
+)
 def test_fuzz_against_numpy_m_avg(strategy_of, case, jit):
     """Random settings; weights compared at every boundary, replicas before and after it."""
     rng = np.random.default_rng(case)

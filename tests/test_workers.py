@@ -16,10 +16,10 @@ from test_oracles import close
 HERE = Path(__file__).parent
 
 
-def launch(out, workers, script, *, isolated=False, limit=420):
+def launch(out, workers, script, *arguments, isolated=False, limit=420):
     """Runs a script of this folder on several workers; returns what the launcher printed."""
     command = [sys.executable, "-m", "tf_blockmomentum.launch", "--workers", str(workers)]
-    command += [str(HERE / script), str(out)]
+    command += [str(HERE / script), str(out), *arguments]
     if isolated:
         inside = 'ip link set lo up && exec "$@"'
         command = ["unshare", "--net", "--map-root-user", "sh", "-c", inside, "sh", *command]
@@ -40,10 +40,11 @@ def equal_on_all(saw, prefix):
             np.testing.assert_array_equal(saw[0][name], other[name], err_msg=name)
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize(("workers", "parts"), [(2, "12"), (3, "1345")])
 @pytest.mark.timeout(450)
-def test_cluster(tmp_path, workers):
-    printed = launch(tmp_path, workers, "worker.py")
+def test_cluster(tmp_path, workers, parts):
+    """The first part, the oracle, on both; the others on one of them each."""
+    printed = launch(tmp_path, workers, "worker.py", parts)
     for index in range(workers):
         assert f"[worker {index}] end" in printed
     saw = [dict(np.load(tmp_path / f"{index}.npz")) for index in range(workers)]
@@ -78,14 +79,20 @@ def test_cluster(tmp_path, workers):
                     inside = own[f"kernels_{case}"][end - 2]
                     assert not np.array_equal(inside, saw[0][f"kernels_{case}"][end - 2])
             assert len(want_before) == workers
+    if workers == 2:
+        check_fit(tmp_path, saw)
+    else:
+        check_the_rest(saw)
 
+
+def check_fit(tmp_path, saw):
     # 2. fit: logs, weights and statistics are the same on all workers, and it learns.
     for prefix in ("history_", "evaluate_", "predict_", "weight_"):
         equal_on_all(saw, prefix)
     first = saw[0]
     assert first["history_loss"][-1] < 0.8 * first["history_loss"][0]
     assert first["history_val_loss"][-1] == pytest.approx(first["evaluate_after"][0], rel=1e-6)
-    assert len({int(own["seeds"][0]) for own in saw}) == workers
+    assert len({int(own["seeds"][0]) for own in saw}) == 2
     model = keras.models.load_model(tmp_path / "model.keras")
     x, y = examples()
     np.testing.assert_allclose(model.evaluate(x, y, verbose=0), first["evaluate_after"], rtol=1e-5)
@@ -94,6 +101,9 @@ def test_cluster(tmp_path, workers):
     np.testing.assert_allclose(rows, np.sort(model.predict(x, verbose=0), axis=0), rtol=1e-4,
                                atol=1e-5)  # fmt: skip
 
+
+def check_the_rest(saw):
+    workers = len(saw)
     # 3. Uneven data: everyone ends, a worker without steps left is not in the mean.
     for spe in (1, 3):
         equal_on_all(saw, f"uneven_{spe}")

@@ -1,4 +1,5 @@
-"""One worker of a cluster: `worker.py OUT`. Runs everything below and writes what it saw.
+"""One worker of a cluster: `worker.py OUT PARTS`. Runs the parts, by number, and writes what
+it saw.
 
 Every worker writes `OUT/<index>.npz`; test_workers.py compares the workers with each other
 and with the NumPy reference. One start of TensorFlow serves many checks.
@@ -16,7 +17,7 @@ from helpers import classifier, crossentropy, examples, unknown_length
 
 import tf_blockmomentum as tfbm
 
-out = sys.argv[1]
+out, parts = sys.argv[1:]
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 strategy = tfbm.MultiWorkerBlockStrategy()
 workers = strategy.num_replicas_in_sync
@@ -77,95 +78,102 @@ for case, (jit, settings) in enumerate(
 say("oracle done")
 
 # -- 2. fit as people use it: shuffled arrays, validation, BatchNorm, dropout, XLA, Adam ---------
-x, y = examples()
-with strategy.scope():
-    keras.utils.set_random_seed(0)
-    model = classifier(dropout=True)
-    model.compile(
-        tfbm.BlockMomentum(keras.optimizers.Adam(0.01), sync_period=4),
-        crossentropy(),
-        metrics=["accuracy"],
-        steps_per_execution=3,
-        jit_compile=True,
-    )
-saw["evaluate_before"] = model.evaluate(x, y, batch_size=24, verbose=0)
-saw["predict_before"] = model.predict(x, batch_size=24, verbose=0)
-history = model.fit(
-    x, y, batch_size=24, epochs=4, validation_data=(x, y), verbose=0,
-    callbacks=[tfbm.BlockTraining()],
-).history  # fmt: skip
-for name, values in history.items():
-    saw[f"history_{name}"] = values
-saw["evaluate_after"] = model.evaluate(x, y, batch_size=24, verbose=0)
-saw["predict_after"] = model.predict(x, batch_size=24, verbose=0)
-for i, variable in enumerate(model.weights):
-    if "seed" not in variable.path:
-        saw[f"weight_{i}"] = variable.numpy()
-saw["seeds"] = [g.state.numpy()[0] for layer in model.layers for g in layer._seed_generators]
-if index == 0:
-    model.save(os.path.join(out, "model.keras"))  # the chief alone: nobody waits
-say("fit done")
-
-# -- 3. data that ends earlier on some workers, of unknown length ---------------------------------
-for steps_per_execution in (1, 3):
+if "2" in parts:
+    x, y = examples()
     with strategy.scope():
         keras.utils.set_random_seed(0)
-        model = linear(
-            tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=4, block_momentum=0.5),
+        model = classifier(dropout=True)
+        model.compile(
+            tfbm.BlockMomentum(keras.optimizers.Adam(0.01), sync_period=4),
+            crossentropy(),
             metrics=["accuracy"],
-            steps_per_execution=steps_per_execution,
+            steps_per_execution=3,
+            jit_compile=True,
         )
-    steps = 10 - 3 * index  # 10, 7, 4
-    x_own, y_own = (part[:steps] for part in oracle_data(10, seed=9))
-    own = unknown_length(own_share(x_own, y_own))
-    data = strategy.distribute_datasets_from_function(lambda _, own=own: own)
-    start = model.get_weights()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras's "ran out of data"
-        history = model.fit(data, epochs=2, verbose=0, callbacks=[tfbm.BlockTraining()]).history
-    saw[f"uneven_{steps_per_execution}_kernel"] = model.get_weights()[0]
-    saw[f"uneven_{steps_per_execution}_blocks"] = model.optimizer.blocks
-    saw[f"uneven_{steps_per_execution}_accuracy"] = history["accuracy"]
-    saw[f"uneven_{steps_per_execution}_start"] = start[0]
-say("uneven done")
+    saw["evaluate_before"] = model.evaluate(x, y, batch_size=24, verbose=0)
+    saw["predict_before"] = model.predict(x, batch_size=24, verbose=0)
+    history = model.fit(
+        x, y, batch_size=24, epochs=4, validation_data=(x, y), verbose=0,
+        callbacks=[tfbm.BlockTraining()],
+    ).history  # fmt: skip
+    for name, values in history.items():
+        saw[f"history_{name}"] = values
+    saw["evaluate_after"] = model.evaluate(x, y, batch_size=24, verbose=0)
+    saw["predict_after"] = model.predict(x, batch_size=24, verbose=0)
+    for i, variable in enumerate(model.weights):
+        if "seed" not in variable.path:
+            saw[f"weight_{i}"] = variable.numpy()
+    saw["seeds"] = [g.state.numpy()[0] for layer in model.layers for g in layer._seed_generators]
+    if index == 0:
+        model.save(os.path.join(out, "model.keras"))  # the chief alone: nobody waits
+    say("fit done")
+
+# -- 3. data that ends earlier on some workers, of unknown length ---------------------------------
+if "3" in parts:
+    for steps_per_execution in (1, 3):
+        with strategy.scope():
+            keras.utils.set_random_seed(0)
+            model = linear(
+                tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=4, block_momentum=0.5),
+                metrics=["accuracy"],
+                steps_per_execution=steps_per_execution,
+            )
+        steps = 10 - 3 * index  # 10, 7, 4
+        x_own, y_own = (part[:steps] for part in oracle_data(10, seed=9))
+        own = unknown_length(own_share(x_own, y_own))
+        data = strategy.distribute_datasets_from_function(lambda _, own=own: own)
+        start = model.get_weights()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras's "ran out of data"
+            history = model.fit(
+                data, epochs=2, verbose=0, callbacks=[tfbm.BlockTraining()]
+            ).history
+        saw[f"uneven_{steps_per_execution}_kernel"] = model.get_weights()[0]
+        saw[f"uneven_{steps_per_execution}_blocks"] = model.optimizer.blocks
+        saw[f"uneven_{steps_per_execution}_accuracy"] = history["accuracy"]
+        saw[f"uneven_{steps_per_execution}_start"] = start[0]
+    say("uneven done")
 
 # -- 4. Keras's own optimizer: synchronous ------------------------------------------------------
-with strategy.scope():
-    keras.utils.set_random_seed(0)
-    model = linear(keras.optimizers.SGD(0.1, momentum=0.9), metrics=["accuracy"])
-saw["stock_start"] = model.get_weights()[0]
-x, y = oracle_data(6, seed=5)
-data = strategy.distribute_datasets_from_function(lambda _, x=x, y=y: own_share(x, y))
-history = model.fit(data, epochs=2, verbose=0).history
-saw["stock_kernel"], saw["stock_accuracy"] = model.get_weights()[0], history["accuracy"]
+if "4" in parts:
+    with strategy.scope():
+        keras.utils.set_random_seed(0)
+        model = linear(keras.optimizers.SGD(0.1, momentum=0.9), metrics=["accuracy"])
+    saw["stock_start"] = model.get_weights()[0]
+    x, y = oracle_data(6, seed=5)
+    data = strategy.distribute_datasets_from_function(lambda _, x=x, y=y: own_share(x, y))
+    history = model.fit(data, epochs=2, verbose=0).history
+    saw["stock_kernel"], saw["stock_accuracy"] = model.get_weights()[0], history["accuracy"]
 
+    class Own(keras.Model):
+        def train_step(self, data):
+            super().train_step(data)
+            return {"worker": tf.constant(float(index))}
 
-class Own(keras.Model):
-    def train_step(self, data):
-        super().train_step(data)
-        return {"worker": tf.constant(float(index))}
-
-
-with strategy.scope():
-    inputs = keras.Input([FEATURES])
-    model = Own(inputs, keras.layers.Dense(CLASSES)(inputs))
-    model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1)), crossentropy())
-history = model.fit(data, verbose=0, callbacks=[tfbm.BlockTraining()]).history
-saw["own_log"] = history["worker"]
-say("stock done")
+    with strategy.scope():
+        inputs = keras.Input([FEATURES])
+        model = Own(inputs, keras.layers.Dense(CLASSES)(inputs))
+        model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1)), crossentropy())
+    history = model.fit(data, verbose=0, callbacks=[tfbm.BlockTraining()]).history
+    saw["own_log"] = history["worker"]
+    say("stock done")
 
 # -- 5. errors ----------------------------------------------------------------------------------
-x, y = examples()
-with strategy.scope():
-    model = linear(tfbm.BlockMomentum(keras.optimizers.SGD(0.1)))
-odd = 8 * workers + 1
-try:
-    model.fit(np.ones([40, 5]), np.ones([40]), batch_size=odd, callbacks=[tfbm.BlockTraining()])
-except ValueError as error:
-    saw["error_batch"] = str(error)
-try:
-    model.fit(np.ones([24, 5]), np.ones([24]), batch_size=4 * workers, verbose=0)
-except RuntimeError as error:
-    saw["error_callback"] = str(error)
+if "5" in parts:
+    x, y = examples()
+    with strategy.scope():
+        model = linear(tfbm.BlockMomentum(keras.optimizers.SGD(0.1)))
+    odd = 8 * workers + 1
+    try:
+        model.fit(
+            np.ones([40, 5]), np.ones([40]), batch_size=odd, callbacks=[tfbm.BlockTraining()]
+        )
+    except ValueError as error:
+        saw["error_batch"] = str(error)
+    try:
+        model.fit(np.ones([24, 5]), np.ones([24]), batch_size=4 * workers, verbose=0)
+    except RuntimeError as error:
+        saw["error_callback"] = str(error)
+
 np.savez(os.path.join(out, f"{index}.npz"), **saw)
 say("end")

@@ -387,6 +387,11 @@ class BlockMomentum(_keras.LocalUpdate):
         return int(self._blocks.numpy())
 
     @property
+    def anchors(self):
+        """The global weights at the last boundary, one variable for each trained one."""
+        return self._anchors
+
+    @property
     def trained_variables(self):
         """The variables it was built with."""
         return _keras.trained_variables(self)
