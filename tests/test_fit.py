@@ -226,6 +226,18 @@ def test_evaluate_and_predict_before_any_fit(strategy_of, jit, steps_per_executi
     assert history["loss"][0] > 0
 
 
+def test_a_list_of_callbacks_that_the_user_made(strategy_of):
+    """Keras tells the callbacks of such a list about the model when it is made, not in fit."""
+    x, y = examples()
+    model = compiled(strategy_of(2), sync_period=4)
+    callbacks = keras.callbacks.CallbackList(
+        [tfbm.BlockTraining()], add_history=True, model=model, epochs=2, steps=6
+    )
+    history = model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
+    assert len(history.history["loss"]) == 2
+    assert model.optimizer.blocks == 4
+
+
 @pytest.mark.parametrize("inner", [keras.optimizers.SGD, keras.optimizers.Adam])
 def test_a_stock_optimizer_trains_synchronously(strategy_of, inner):
     """Keras's own optimizers sum gradients over the replicas at every step, as ever."""

@@ -235,7 +235,8 @@ def install(make_test_function):
         callbacks = given.arguments.get("callbacks")
         last = _LastCallback()
         if isinstance(callbacks, keras.callbacks.CallbackList):
-            callbacks.append(last)
+            last.set_model(self)  # which the list did for the others when it was made
+            callbacks.callbacks.append(last)
         else:
             given.arguments["callbacks"] = [*keras.tree.flatten(callbacks or []), last]
         return original(*given.args, **given.kwargs)
