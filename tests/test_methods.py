@@ -36,7 +36,7 @@ class Boundaries(keras.callbacks.Callback):
             self.position = 0
 
 
-def fit(strategy, make_optimizer, dataset, jit=False, epochs=1):
+def fit(strategy, make_optimizer, dataset, jit=False):
     with scope(strategy):
         model = keras.Sequential([keras.Input([FEATURES]), keras.layers.Dense(CLASSES)])
         model.compile(
@@ -45,7 +45,7 @@ def fit(strategy, make_optimizer, dataset, jit=False, epochs=1):
     model.set_weights(start())
     training = tfbm.BlockTraining(jit_compile=jit)
     seen = Boundaries(training)
-    model.fit(dataset, epochs=epochs, shuffle=False, verbose=0, callbacks=[training, seen])
+    model.fit(dataset, shuffle=False, verbose=0, callbacks=[training, seen])
     return model, seen
 
 
@@ -74,10 +74,6 @@ def adamw(weights, grads, state, step):
         for w, a, b in zip(weights, m, v, strict=True)
     ]
     return weights, (m, v)
-
-
-def average(anchor, delta, state, step):
-    return [a + d for a, d in zip(anchor, delta, strict=True)], state
 
 
 def bmuf_nbm(start, gain, state, step):

@@ -40,10 +40,18 @@ def equal_on_all(saw, prefix):
             np.testing.assert_array_equal(saw[0][name], other[name], err_msg=name)
 
 
-@pytest.mark.parametrize(("workers", "parts"), [(2, "12"), (3, "1345")])
+@pytest.mark.parametrize(
+    ("workers", "parts"),
+    [
+        (2, "12"),
+        (3, "1345"),
+        pytest.param(2, "1345", marks=pytest.mark.slow),
+        pytest.param(3, "12", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.timeout(450)
 def test_cluster(tmp_path, workers, parts):
-    """The first part, the oracle, on both; the others on one of them each."""
+    """The first part is the oracle; the others share a launch as time allows."""
     printed = launch(tmp_path, workers, "worker.py", parts)
     for index in range(workers):
         assert f"[worker {index}] end" in printed
@@ -79,7 +87,7 @@ def test_cluster(tmp_path, workers, parts):
                     inside = own[f"kernels_{case}"][end - 2]
                     assert not np.array_equal(inside, saw[0][f"kernels_{case}"][end - 2])
             assert len(want_before) == workers
-    if workers == 2:
+    if "2" in parts:
         check_fit(tmp_path, saw)
     else:
         check_the_rest(saw)
@@ -92,7 +100,7 @@ def check_fit(tmp_path, saw):
     first = saw[0]
     assert first["history_loss"][-1] < 0.8 * first["history_loss"][0]
     assert first["history_val_loss"][-1] == pytest.approx(first["evaluate_after"][0], rel=1e-6)
-    assert len({int(own["seeds"][0]) for own in saw}) == 2
+    assert len({int(own["seeds"][0]) for own in saw}) == len(saw)
     model = keras.models.load_model(tmp_path / "model.keras")
     x, y = examples()
     np.testing.assert_allclose(model.evaluate(x, y, verbose=0), first["evaluate_after"], rtol=1e-5)
