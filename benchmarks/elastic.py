@@ -4,7 +4,6 @@ Not a part of the package: replicas never go back to what they share, so there i
 `BlockMomentum`'s sense, and what is saved in mid-training is the centre only.
 """
 
-import keras
 import tensorflow as tf
 
 import tf_blockmomentum as tfbm
@@ -31,21 +30,10 @@ class ElasticAveraging(tfbm.BlockMomentum):
         super().__init__(inner_optimizer, sync_period, block_momentum=0)
         self.elasticity = elasticity
 
-    def end_block(self, mean, averaged_variables=()):
-        """In place of the outer step: both sides of the elastic move."""
-        pairs = list(zip(self.trained_variables, self.anchors, strict=True))
-        deltas = [keras.ops.subtract(w, centre) for w, centre in pairs]
-        statistics = [keras.ops.convert_to_tensor(v) for v in averaged_variables]
-        means, active, _, _ = mean([*deltas, *statistics])
+    def take_outer_step(self, deltas, d):
+        """Both sides of the elastic move."""
         alpha = self.elasticity / tf.distribute.get_strategy().num_replicas_in_sync
-
-        def move():
-            for (w, centre), delta, d in zip(pairs, deltas, means, strict=False):
-                w.assign_sub(alpha * delta)
-                centre.assign_add(self.elasticity * d)
-            for v, value in zip(averaged_variables, means[len(pairs) :], strict=True):
-                v.assign(value)
-            self._blocks.assign_add(1)
-
-        tf.cond(active > 0, move, lambda: None)
-        return tf.constant(0.0)
+        pairs = zip(self.trained_variables, self.anchors, strict=True)
+        for (w, centre), delta, mean in zip(pairs, deltas, d, strict=True):
+            w.assign_sub(alpha * delta)
+            centre.assign_add(self.elasticity * mean)

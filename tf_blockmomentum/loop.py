@@ -8,8 +8,8 @@ import weakref
 import tensorflow as tf
 
 from tf_blockmomentum import _keras, progress
-from tf_blockmomentum.optimizer import check_number, check_strategy, find, square_norm
-from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas, worker_of
+from tf_blockmomentum.optimizer import check_strategy, find, square_norm
+from tf_blockmomentum.strategy import BlockStrategy, check_number, sum_over_replicas, worker_of
 
 
 class BlockLoop:
@@ -344,11 +344,13 @@ class BlockLoop:
             if wire == tf.bfloat16 or optimizer.scheduled:
                 wire = tf.float32
             taken = tf.where(taking_part, steps, 0)
-            header = [tf.cast(x, wire) for x in (taking_part, ended, stopping, taken)]
-            header += tf.unstack(tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire))
+            header = [
+                tf.stack([tf.cast(x, wire) for x in (taking_part, ended, stopping, taken)]),
+                tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire),
+            ]
             if optimizer.measures_drift:
-                header.append(square_norm(sent[: len(optimizer.trained_variables)]))
-            *sums, total = sum_over_replicas([*sent, tf.stack(header)])
+                header.append([square_norm(sent[: len(optimizer.trained_variables)])])
+            *sums, total = sum_over_replicas([*sent, tf.concat(header, axis=0)])
             active = total[0]
             share = tf.math.reciprocal(tf.maximum(active, 1))
             counts = tf.cast(total[: 4 + replicas], tf.float32)

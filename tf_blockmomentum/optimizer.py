@@ -8,9 +8,10 @@ import tensorflow as tf
 from keras import ops
 
 from tf_blockmomentum import _keras, schedules
-from tf_blockmomentum.strategy import BlockStrategy, sum_over_replicas
+from tf_blockmomentum.strategy import BlockStrategy, check_number, sum_over_replicas
 
 _NO_STRATEGY = tf.distribute.get_strategy()
+_A_MOMENTUM = "a number from 0 up to, but not including, 1"
 
 
 @keras.saving.register_keras_serializable(package="tf_blockmomentum")
@@ -136,10 +137,9 @@ class BlockMomentum(_keras.LocalUpdate):
         self.block_momentum = 0.5 if block_momentum is None else block_momentum
         self.nesterov = bool(nesterov)
         self.block_learning_rate = 1.0 if block_learning_rate is None else block_learning_rate
-        number, expected = numbers.Real, "a number from 0 up to, but not including, 1"
-        check_number("block_momentum", self.block_momentum, number, expected, 0, 1)
+        check_number("block_momentum", self.block_momentum, numbers.Real, _A_MOMENTUM, 0, 1)
         expected = "a number of at least 0"
-        check_number("block_learning_rate", self.block_learning_rate, number, expected, 0)
+        check_number("block_learning_rate", self.block_learning_rate, numbers.Real, expected, 0)
         self.block_momentum = float(self.block_momentum)
         self.block_learning_rate = float(self.block_learning_rate)
         return keras.optimizers.SGD(
@@ -230,22 +230,8 @@ class BlockMomentum(_keras.LocalUpdate):
             spread = tf.maximum(square - square_norm(d), 0)  # mean |w_j|^2 - |mean w|^2
             drift = tf.sqrt(tf.math.divide_no_nan(spread, square_norm(anchors)))
 
-        def rest():  # of the block momentum, while warming up
-            for anchor, x in zip(anchors, d, strict=True):
-                anchor.assign_add(x)
-
-        def outer_step():
-            self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
-
         def end():
-            if self._warm_up:
-                tf.cond(self._global_step < self._warm_up, rest, outer_step)
-            else:
-                outer_step()
-            for w, anchor in zip(weights, anchors, strict=True):
-                if w.constraint is not None:
-                    anchor.assign(w.constraint(anchor))
-                w.assign(anchor)
+            self.take_outer_step(deltas, d)
             for v, value in zip(averaged_variables, others, strict=True):
                 v.assign(value)
             if self.inner_state == "reset":
@@ -257,6 +243,31 @@ class BlockMomentum(_keras.LocalUpdate):
 
         tf.cond(active > 0, end, lambda: None)
         return drift
+
+    def take_outer_step(self, deltas, d):
+        """Moves the anchor by the replicas' mean delta, and this replica to the anchor.
+
+        Args:
+            deltas: this replica's, which the outer step has no use for.
+            d: their means over the replicas.
+        """
+        anchors = self._anchors
+
+        def rest():  # of the block momentum, while warming up
+            for anchor, x in zip(anchors, d, strict=True):
+                anchor.assign_add(x)
+
+        def outer_step():
+            self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
+
+        if self._warm_up:
+            tf.cond(self._global_step < self._warm_up, rest, outer_step)
+        else:
+            outer_step()
+        for w, anchor in zip(self.trained_variables, anchors, strict=True):
+            if w.constraint is not None:
+                anchor.assign(w.constraint(anchor))
+            w.assign(anchor)
 
     @property
     def averaged_state(self):
@@ -478,8 +489,7 @@ class SlowMo(keras.optimizers.Optimizer):
 
     def __init__(self, learning_rate=1.0, momentum=0.5, name="slowmo", **kwargs):
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-        expected = "a number from 0 up to, but not including, 1"
-        check_number("momentum", momentum, numbers.Real, expected, 0, 1)
+        check_number("momentum", momentum, numbers.Real, _A_MOMENTUM, 0, 1)
         self.momentum = float(momentum)
         self._inner_learning_rate = None
 
@@ -562,9 +572,3 @@ def check_strategy(strategy):
         f"have. Received: a {type(strategy).__name__}. Use {remedy} in its place, or no strategy "
         f"for a single replica."
     )
-
-
-def check_number(name, value, kind, expected, least, below=float("inf")):
-    """Raises ValueError unless `value` is of `kind` and `least <= value < below`."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")

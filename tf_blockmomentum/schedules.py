@@ -4,6 +4,8 @@ import numbers
 
 import keras
 
+from tf_blockmomentum.strategy import check_number
+
 _register = keras.saving.register_keras_serializable(package="tf_blockmomentum")
 
 
@@ -237,8 +239,5 @@ def check_schedule(sync_period):
 
 def check_period(value, name):
     """Returns a whole number of at least 1 as an int; ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(
-            f"`{name}` must be a whole number of at least 1. Received: {name}={value!r}."
-        )
+    check_number(name, value, numbers.Integral, "a whole number of at least 1", 1)
     return int(value)

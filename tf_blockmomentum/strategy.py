@@ -214,6 +214,12 @@ def check_global_batch(size, strategy):
         )
 
 
+def check_number(name, value, kind, expected, least, below=float("inf")):
+    """Raises ValueError unless `value` is of `kind` and `least <= value < below`."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
+        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
+
+
 def _check_tf_config(text):
     """Raises ValueError, with the remedy, for a `TF_CONFIG` TensorFlow would trip over."""
     if not text:
