@@ -1,5 +1,7 @@
 """model.fit, evaluate and predict: everything a Keras user does, in blocks."""
 
+import time
+
 import keras
 import numpy as np
 import pytest
@@ -330,3 +332,21 @@ def test_distributed_dataset_and_generator(strategy_of):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_idle_iterator_reads_ahead_on_the_host_only(strategy_of):
+    """A buffer on the device crashed workers, see `strategy._no_device_buffer`."""
+    reads = []
+
+    def read(x):
+        reads.append(len(x))
+        return x
+
+    dataset = tf.data.Dataset.range(64).batch(4)
+    dataset = dataset.map(lambda x: tf.ensure_shape(tf.numpy_function(read, [x], tf.int64), [4]))
+    iterator = iter(strategy_of(2).experimental_distribute_dataset(dataset))
+    time.sleep(0.3)
+    assert reads == []
+    next(iterator)
+    time.sleep(0.3)
+    assert len(reads) <= 3  # of 4 that TensorFlow would have read by now

@@ -83,6 +83,8 @@ class BlockStrategy(tf.distribute.Strategy):
     def experimental_distribute_dataset(self, dataset, options=None):
         """Shards and rebatches `dataset`, which is batched by the global batch.
 
+        One batch is read ahead, on the host. `options` of your own replace this.
+
         Raises:
             ValueError: the batch size does not divide by the number of replicas.
         """
@@ -90,7 +92,15 @@ class BlockStrategy(tf.distribute.Strategy):
             tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
         )
         check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
+        if options is None:
+            dataset, options = dataset.prefetch(1), _no_device_buffer()
         return super().experimental_distribute_dataset(dataset, options)
+
+    def distribute_datasets_from_function(self, dataset_fn, options=None):
+        """As in TensorFlow; nothing is read ahead but what the dataset itself prefetches."""
+        if options is None:
+            options = _no_device_buffer()
+        return super().distribute_datasets_from_function(dataset_fn, options)
 
 
 class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -200,6 +210,17 @@ def sum_over_replicas(tensors):
         for i, part in zip(members, parts, strict=True):
             sums[i] = tf.cast(tf.reshape(part, tensors[i].shape), tensors[i].dtype)
     return sums
+
+
+def _no_device_buffer():
+    """Input options without which a worker crashed in one of some 60 fits on busy machines.
+
+    With a buffer on the device, TensorFlow's default, a thread of its own reads ahead. If the
+    iterator is deleted meanwhile, as Keras does at the end of every evaluation, the thread can
+    read freed memory (DatasetBaseIterator::GetNext, from BackgroundThread in
+    multi_device_iterator_ops.cc). Without a buffer it reads only while it is waited for.
+    """
+    return tf.distribute.InputOptions(experimental_per_replica_buffer_size=0)
 
 
 def check_global_batch(size, strategy):
