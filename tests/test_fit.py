@@ -240,6 +240,25 @@ def test_a_list_of_callbacks_that_the_user_made(strategy_of):
     assert model.optimizer.blocks == 4
 
 
+def test_chief_only_hands_its_callback_the_params(strategy_of):
+    """Keras gives callbacks their model before the params of the fit; another caller may not."""
+    seen = []
+
+    class Reads(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append((self.params["epochs"], self.params["steps"], self.model.optimizer.blocks))
+
+    x, y = examples()
+    model = compiled(strategy_of(2), sync_period=4)
+    fit(model, x, y, batch_size=16, epochs=2, callbacks=[tfbm.ChiefOnly(Reads())])
+    assert seen == [(2, 6, 2), (2, 6, 4)]
+    chief_only = tfbm.ChiefOnly(Reads())
+    chief_only.set_params({"epochs": 3, "steps": 5})
+    chief_only.set_model(model)
+    chief_only.on_epoch_end(0)
+    assert seen[2:] == [(3, 5, 4)]
+
+
 @pytest.mark.parametrize("inner", [keras.optimizers.SGD, keras.optimizers.Adam])
 def test_a_stock_optimizer_trains_synchronously(strategy_of, inner):
     """Keras's own optimizers sum gradients over the replicas at every step, as ever."""

@@ -214,14 +214,20 @@ class ChiefOnly(keras.callbacks.Callback):
     def __init__(self, callback):
         super().__init__()
         self.callback = callback
-        self._calls = True
+        self._calls = False  # until the model tells which worker this is
 
     def set_model(self, model):
         super().set_model(model)
         self._calls = worker_of(model.distribute_strategy)[0] == 0
         if self._calls:
-            self.callback.set_params(self.params)
             self.callback.set_model(model)
+            self.callback.set_params(self.params)
+
+    def set_params(self, params):
+        """Passes them on, if the model came first, as in Keras's CallbackList."""
+        super().set_params(params)
+        if self._calls:
+            self.callback.set_params(params)
 
 
 def _passed_on(hook):
