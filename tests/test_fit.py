@@ -1,5 +1,6 @@
 """model.fit, evaluate and predict: everything a Keras user does, in blocks."""
 
+import logging
 import time
 
 import keras
@@ -155,6 +156,24 @@ def test_nothing_is_traced_after_the_first_block(strategy_of):
     model.compile(model.optimizer, crossentropy())
     fit(model, x, y, batch_size=16)
     assert len(traces) > count
+
+
+def test_many_dropout_layers_make_tensorflow_warn_of_no_retracing(strategy_of):
+    warnings = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+
+    def with_dropout():
+        dropout = [keras.layers.Dropout(0.1) for _ in range(8)]
+        return keras.Sequential([keras.Input([6]), *dropout, keras.layers.Dense(3)])
+
+    model = compiled(strategy_of(2), with_dropout)
+    tf.get_logger().addHandler(handler)
+    try:
+        fit(model, *examples(), batch_size=16)
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert not [text for text in warnings if "retracing" in text]
 
 
 def test_own_train_step_weights_and_several_inputs(strategy_of):

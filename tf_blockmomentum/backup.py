@@ -316,10 +316,10 @@ class BlockBackup(keras.callbacks.Callback):
                     self._metrics.append((part, value))
         for generator in _keras.seed_generators(model):
             if exact:
-                keep_seeds(generator, self._strategy)
+                keep_seeds(generator, self._strategy, self._replicas)
             else:
                 generator._tfbm_seed = None
-                give_replicas_different_seeds(generator, self._strategy)
+                give_replicas_different_seeds(generator, self._strategy, self._replicas)
         if exact:
             self._loop.go_on(meta["position"])
         else:

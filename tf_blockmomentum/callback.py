@@ -179,8 +179,10 @@ class BlockTraining(keras.callbacks.Callback):
             )
         if self._loop.position == 0:
             optimizer.restart_block()
-        for generator in _keras.seed_generators(model):
-            give_replicas_different_seeds(generator, model.distribute_strategy)
+        generators = _keras.seed_generators(model)
+        ids = replica_ids(model.distribute_strategy) if generators else []
+        for generator in generators:
+            give_replicas_different_seeds(generator, model.distribute_strategy, ids)
 
     def _flush(self):
         if self._loop is not None:
@@ -284,14 +286,14 @@ def model_jit(model, jit_compile):
 _ODD = 2654435769
 
 
-def give_replicas_different_seeds(generator, strategy):
-    """Moves a seed generator's seed apart on each replica; replica 0 keeps its own.
+def give_replicas_different_seeds(generator, strategy, ids):
+    """Moves a seed generator's seed apart on each of this worker's replicas, which have these
+    `replica_ids`; replica 0 keeps its own.
 
     Under tf.distribute all replicas start from one state and would drop the same units.
     Weights loaded later bring one state for all again, so this is done before every fit.
     """
     states = strategy.experimental_local_results(generator.state.value)
-    ids = replica_ids(strategy)
     seeds = [int(state.numpy()[0]) for state in states]
     offsets = [i * _ODD for i in ids]
     base = getattr(generator, "_tfbm_seed", None)
@@ -303,10 +305,10 @@ def give_replicas_different_seeds(generator, strategy):
         state.assign(tf.stack([seed, state[1]]))
 
 
-def keep_seeds(generator, strategy):
+def keep_seeds(generator, strategy, ids):
     """Takes restored seeds for those that `give_replicas_different_seeds` gave."""
     state = strategy.experimental_local_results(generator.state.value)[0]
-    offset = replica_ids(strategy)[0] * _ODD
+    offset = ids[0] * _ODD
     generator._tfbm_seed = (int(state.numpy()[0]) - offset) % 2**32
 
 
