@@ -4,6 +4,9 @@
 the data set needs no network.
 """
 
+import fcntl
+from pathlib import Path
+
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -43,9 +46,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(name="digits", data_dir="runs/data"):
-    """Writes the data set to disk, once. Let one process do it before the workers start."""
-    builder = tfds.builder(name, data_dir=data_dir)
-    builder.download_and_prepare()
+    """Writes the data set to disk, once: this machine's other processes wait for the first."""
+    Path(data_dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(data_dir, f"{name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder = tfds.builder(name, data_dir=data_dir)
+        builder.download_and_prepare()
     return builder
 
 

@@ -62,6 +62,71 @@ def test_custom_loop(tmp_path):
     np.testing.assert_allclose(kernel, np.linspace(-1, 1, 10)[:3], atol=0.1)
 
 
+@pytest.mark.timeout(300)
+def test_cifar10_resnet(tmp_path):
+    """Images made by the example; TFDS, augmentation, schedule, checkpoints as for CIFAR-10."""
+    printed = run(
+        tmp_path, "-m", "tf_blockmomentum.launch", "--workers", 2, EXAMPLES / "cifar10_resnet.py",
+        "--smoke", "--directory", "out",
+    )  # fmt: skip
+    assert re.findall(r"\[worker (\d)\] Epoch (\d)/5", printed) == [("0", e) for e in "12345"]
+    # 576 training images, 2 workers with batches of 16: 18 steps an epoch, K=8.
+    (accuracy,) = re.findall(r"test accuracy (\S+) after 15 blocks", printed)
+    assert float(accuracy) > 0.3  # of chance 0.1
+    log = np.genfromtxt(tmp_path / "out" / "log.csv", delimiter=",", names=True)
+    assert log["loss"][-1] < 0.6 * log["loss"][0]
+    assert len(list((tmp_path / "out" / "backup").glob("epoch-000005-*/worker-?-of-2.npz"))) == 2
+    model = saved(tmp_path / "out" / "best.keras")
+    assert model.optimizer.blocks == 3 * (1 + np.argmax(log["val_accuracy"]))
+    assert model(np.zeros([2, 32, 32, 3])).shape == (2, 10)
+
+
+def test_cifar10_resnet_is_the_published_one(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import cifar10_resnet
+
+    def parameters(*arguments):
+        weights = cifar10_resnet.resnet18(*arguments).trainable_weights
+        return sum(int(np.prod(w.shape)) for w in weights)
+
+    assert parameters(64, False) == 11_173_962
+    # Normalised otherwise: neither stem nor shortcuts, but before each block and at the end.
+    fewer = 64 + (128 + 256 + 512) + (64 + 128 + 256) - 512
+    assert parameters(64, True) == 11_173_962 - 2 * fewer
+
+
+def test_augmentation_crops_and_mirrors(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import cifar10_resnet
+
+    image = np.random.default_rng(0).random([32, 32, 3]).astype("float32")
+    wide = np.pad(cifar10_resnet.normalised(image), [[4, 4], [4, 4], [0, 0]])
+    seen = set()
+    for seed in range(12):
+        got, label = cifar10_resnet.augmented((image, 7), np.arange(4) + 10 * seed)
+        assert label == 7
+        seen |= {
+            (top, left, way)
+            for top in range(9)
+            for left in range(9)
+            for way in (1, -1)
+            if np.allclose(got, wide[top : top + 32, left : left + 32][:, ::way], atol=1e-5)
+        }
+    assert len(seen) > 8  # hardly any twice, and each of the 12 is one of them
+    assert {way for *_, way in seen} == {1, -1}
+
+
+def saved(path):
+    """A saved model as a new program loads it."""
+    import keras
+
+    import tf_blockmomentum as tfbm
+
+    model = keras.models.load_model(path)
+    assert isinstance(model.optimizer, tfbm.BlockMomentum)
+    return model
+
+
 def test_the_digits_are_shared_out_without_overlap(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     import digits
