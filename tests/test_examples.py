@@ -116,6 +116,47 @@ def test_augmentation_crops_and_mirrors(monkeypatch):
     assert {way for *_, way in seen} == {1, -1}
 
 
+@pytest.mark.timeout(300)
+def test_text_transformer_goes_on_from_its_backup(tmp_path, monkeypatch):
+    """Ten modules of the standard library; the second run has one epoch more to do."""
+    printed = [
+        run(
+            tmp_path, "-m", "tf_blockmomentum.launch", "--workers", 2,
+            EXAMPLES / "text_transformer.py", "--smoke", "--directory", "out", "--epochs", epochs,
+            limit=140,
+        )
+        for epochs in (2, 3)
+    ]  # fmt: skip
+    epochs = [re.findall(r"\[worker (\d)\] Epoch (\d/\d)", text) for text in printed]
+    assert epochs == [[("0", "1/2"), ("0", "2/2")], [("0", "3/3")]]
+    log = np.genfromtxt(tmp_path / "out" / "log.csv", delimiter=",", names=True)
+    assert log["epoch"].tolist() == [0, 1, 2]
+    assert log["loss"][1] < 0.9 * log["loss"][0]
+    assert log["loss"][2] < 0.9 * log["loss"][0]
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import tensorflow as tf
+    import text_transformer
+
+    training, held_out = text_transformer.read(10)
+    per_epoch = -(-((len(training) - 1) // 64 // 64) // 5)  # blocks, with K=5
+    for text, done in zip(printed, (2, 3), strict=True):
+        bits, blocks = re.search(r"validation: (\S+) bits per byte; (\d+) blocks", text).groups()
+        assert float(bits) == pytest.approx(log["val_loss"][:done].min() / np.log(2), abs=1e-3)
+        assert int(blocks) == done * per_epoch
+        assert "[worker 0] def " in text
+
+    # The saved model is the one with that loss: on held-out text, of which no worker had all.
+    x, y = text_transformer.texts(held_out, 64, tf.distribute.InputContext(1, 0, 1))
+    model = saved(tmp_path / "out" / "best.keras")
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(log["val_loss"].min(), rel=1e-4)
+    x = x[:1].astype("int32")
+    changed = np.where(np.arange(64) < 40, x, 0)
+    same = np.isclose(model(x), model(changed), atol=1e-5).all(axis=(0, 2))
+    assert same[:40].all()  # causal: a byte does not see those after it
+    assert not same[40:].any()
+
+
 def saved(path):
     """A saved model as a new program loads it."""
     import keras
