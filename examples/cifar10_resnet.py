@@ -102,7 +102,7 @@ def main():
 
         return strategy.distribute_datasets_from_function(make)
 
-    warm_up = 5 * steps if options.epochs > 20 else steps
+    warm_up = max(1, options.epochs * steps // 20)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         options.epochs * steps - warm_up,
