@@ -245,6 +245,11 @@ def install(make_test_function):
         with self.distribute_strategy.local_input():  # only shapes are wanted
             return original(self, *args, **kwargs)
 
+    def reset_metrics(self, original):
+        # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
+        with self.distribute_strategy.local_input():
+            return original(self)
+
     def make_test(self, original, force=False):
         if self.test_function is None or force:
             self.test_function = make_test_function(self)
@@ -269,6 +274,7 @@ def install(make_test_function):
     for replacement in (
         fit,
         _maybe_symbolic_build,
+        reset_metrics,
         make_test,
         make_predict_function,
         _get_metrics_result_or_logs,
