@@ -21,6 +21,7 @@ DEFAULTS = {
     "fits": {"": {}},  # several trainings in one process: name -> options of its own
     "optimizer": "adam",
     "jit": False,
+    "overlap": False,
     "steps_per_execution": 1,
     "epochs": 3,
     "steps_per_epoch": None,
@@ -130,7 +131,9 @@ def train(name, options):
     with scope(strategy):
         model = classifier(dropout=True)
         model.compile(
-            tfbm.BlockMomentum(inner(options["optimizer"]), sync_period=3),
+            tfbm.BlockMomentum(
+                inner(options["optimizer"]), sync_period=3, overlap=options["overlap"]
+            ),
             crossentropy(),
             metrics=["accuracy"],
             steps_per_execution=options["steps_per_execution"],

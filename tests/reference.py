@@ -62,6 +62,57 @@ def m_avg(
     return boundaries, before
 
 
+def overlapped_m_avg(
+    weights,
+    batches,
+    gradients,
+    learning_rate,
+    sync_period,
+    block_momentum,
+    block_learning_rate=1.0,
+    nesterov=False,
+    epoch_steps=None,
+):
+    """M-AVG whose outer step comes one block late, in float64, over `batches` as in `m_avg`.
+
+    Returns every replica's weights after each block; where an epoch ends all have landed.
+    """
+    beta, zeta = block_momentum, block_learning_rate
+    anchor = np.concatenate([np.ravel(w) for w in weights]).astype(np.float64)
+    velocity = np.zeros_like(anchor)
+    ends = np.cumsum([np.size(w) for w in weights])[:-1]
+
+    def lists(flat):
+        parts = np.split(flat, ends)
+        return [p.reshape(np.shape(w)) for p, w in zip(parts, weights, strict=True)]
+
+    def outer_step(anchor, velocity, delta):
+        velocity = beta * velocity + zeta * delta
+        return anchor + (beta * velocity + zeta * delta if nesterov else velocity), velocity
+
+    begin = np.stack([anchor] * len(batches[0]))
+    local, in_flight, seen, position = begin.copy(), None, [], 0
+    for step, shares in enumerate(batches):
+        for j, (x, y) in enumerate(shares):
+            _, grads = gradients(lists(local[j]), x, y)
+            local[j] -= learning_rate * np.concatenate([np.ravel(g) for g in grads])
+        position += 1
+        last = step + 1 == len(batches) or (epoch_steps and (step + 1) % epoch_steps == 0)
+        if position < sync_period and not last:
+            continue
+        deltas, position = local - begin, 0
+        if in_flight is not None:
+            anchor, velocity = outer_step(anchor, velocity, in_flight.mean(0))
+        in_flight = deltas
+        begin = np.stack([outer_step(anchor, velocity, delta)[0] for delta in deltas])
+        if last:
+            anchor, velocity = outer_step(anchor, velocity, in_flight.mean(0))
+            in_flight, begin = None, np.stack([anchor] * len(deltas))
+        local = begin.copy()
+        seen.append([lists(w) for w in begin])
+    return seen
+
+
 def local_training(weights, batches, gradients, inner, outer, period, end=lambda states: states):
     """Any method of the family, from its own recursion, in float64.
 

@@ -77,6 +77,20 @@ def test_an_outer_optimizer_and_what_it_replaces(given):
     assert f"Received: outer_optimizer='sgd' and {name}={value!r}. Give them to" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sync_period": tfbm.schedules.GrowingPeriod(2, 10, 8)},
+        {"outer_optimizer": keras.optimizers.SGD(1.0)},
+        {"inner_state": "average"},
+    ],
+)
+def test_what_overlap_cannot_do(given):
+    with pytest.raises(ValueError, match="overlap=True needs a number for `sync_period`, no") as e:
+        tfbm.BlockMomentum(SGD(), overlap=True, **given)
+    assert f"{next(iter(given))}=" in str(e.value).partition("Received")[2]
+
+
 def test_outer_optimizers_that_cannot_be():
     with pytest.raises(TypeError, match=r"Received: outer_optimizer=0.1"):
         tfbm.BlockMomentum(SGD(), outer_optimizer=0.1)

@@ -115,6 +115,7 @@ def undisturbed(tmp_path_factory):
                     "stop": 5,
                 },
                 "unknown length": {"optimizer": "adam", "known_length": False, "stop": 17},
+                "overlap": {"overlap": True, "every": 1, "stop": 18},
             },
         ),
         ([], 1, {"repeated": {"optimizer": "schedule", "steps_per_epoch": 7, "stop": 16}}),
@@ -673,8 +674,10 @@ def test_poison_on_workers(tmp_path):
     assert "worker 1 failed with exit status 1 (FloatingPointError" in printed
 
 
-@pytest.mark.parametrize("inner", ["sgd", "adam", "ema"])
-def test_poison_is_left_out(strategy_of, inner):
+@pytest.mark.parametrize(
+    ("inner", "overlap"), [("sgd", False), ("adam", False), ("ema", False), ("adam", True)]
+)
+def test_poison_is_left_out(strategy_of, inner, overlap):
     """Replica 1's data is NaN in the second block: its delta is left out of the mean."""
     strategy = strategy_of(2)
     x, y = examples(96)
@@ -694,7 +697,8 @@ def test_poison_is_left_out(strategy_of, inner):
 
     with scope(strategy):
         model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
-        model.compile(tfbm.BlockMomentum(make(), sync_period=3, block_momentum=0), crossentropy())
+        optimizer = tfbm.BlockMomentum(make(), sync_period=3, block_momentum=0, overlap=overlap)
+        model.compile(optimizer, crossentropy())
     training = tfbm.BlockTraining(on_nonfinite="skip")
     with pytest.warns(UserWarning, match="in block 2: replica 1 in variable .*kernel.*Left out"):
         model.fit(dataset(x, y, 8), verbose=0, callbacks=[training, Look()])
@@ -706,7 +710,8 @@ def test_poison_is_left_out(strategy_of, inner):
     # After five steps replica 1 was NaN; without momentum the anchor is then replica 0 alone.
     assert np.isnan(anchors[4][0][1]).any()
     alone = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
-    assert all(np.array_equal(*replicas) for replicas in anchors[5])
+    assert all(np.array_equal(*replicas) for replicas in anchors[11 if overlap else 5])
+    assert all(np.isfinite(replicas).all() for replicas in anchors[5])
     assert alone.count_params() == model.count_params()
 
 
@@ -714,15 +719,17 @@ def test_poison_is_raised(strategy_of):
     strategy = strategy_of(2)
     x, y = examples(48)
     x[:] = np.inf
-    for on_nonfinite, text in [
-        ("raise", 'Received: on_nonfinite="raise". The anchor is finite'),
-        ("skip", 'Received: on_nonfinite="skip", and no replica is left'),
+    for on_nonfinite, overlap, text in [
+        ("raise", False, 'Received: on_nonfinite="raise". The anchor is finite'),
+        ("skip", False, 'Received: on_nonfinite="skip", and no replica is left'),
+        ("raise", True, 'Received: on_nonfinite="raise". The anchor is finite'),
     ]:
         with scope(strategy):
             model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
-            model.compile(
-                tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=2), crossentropy()
+            optimizer = tfbm.BlockMomentum(
+                keras.optimizers.SGD(0.1), sync_period=2, overlap=overlap
             )
+            model.compile(optimizer, crossentropy())
         with pytest.raises(FloatingPointError) as e:
             model.fit(
                 dataset(x, y, 8),
@@ -732,6 +739,8 @@ def test_poison_is_raised(strategy_of):
         assert text in str(e.value)
         assert "replica 0 in variable" in str(e.value)
         assert "replica 1 in variable" in str(e.value)
+        if overlap:  # it has gone back to the anchor
+            assert all(np.isfinite(w).all() for w in model.get_weights())
     with pytest.raises(ValueError, match=r'"raise" or "skip". Received: on_nonfinite=.warn.'):
         tfbm.BlockTraining(on_nonfinite="warn")
 

@@ -62,6 +62,7 @@ for case, (jit, settings) in enumerate(
         (False, {"sync_period": 3, "block_momentum": 0.5}),
         (True, {"sync_period": 4, "block_momentum": 0.9, "nesterov": True}),
         (False, {"sync_period": 1, "block_momentum": 0.0}),
+        (True, {"sync_period": 2, "block_momentum": 0.5, "overlap": True}),
     ]
 ):
     x, y = oracle_data(steps=7, seed=case)
@@ -110,11 +111,16 @@ if "2" in parts:
 
 # -- 3. data that ends earlier on some workers, of unknown length ---------------------------------
 if "3" in parts:
-    for steps_per_execution in (1, 3):
+    for steps_per_execution, overlap in ((1, False), (3, False), (2, True)):
         with strategy.scope():
             keras.utils.set_random_seed(0)
             model = linear(
-                tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=4, block_momentum=0.5),
+                tfbm.BlockMomentum(
+                    keras.optimizers.SGD(0.1),
+                    sync_period=4,
+                    block_momentum=0.5,
+                    overlap=overlap,
+                ),
                 metrics=["accuracy"],
                 steps_per_execution=steps_per_execution,
             )

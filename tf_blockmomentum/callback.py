@@ -177,7 +177,7 @@ class BlockTraining(keras.callbacks.Callback):
                 jit_compile=model_jit(model, self.jit_compile),
                 on_nonfinite=self.on_nonfinite,
             )
-        if self._loop.position == 0:
+        if self._loop.at_anchor:
             optimizer.restart_block()
         generators = _keras.seed_generators(model)
         ids = replica_ids(model.distribute_strategy) if generators else []

@@ -1,6 +1,8 @@
 """BlockLoop: compiled local steps, and the boundary that ends a block."""
 
+import concurrent.futures
 import contextlib
+import functools
 import numbers
 import warnings
 import weakref
@@ -9,7 +11,17 @@ import tensorflow as tf
 
 from tf_blockmomentum import _keras, progress
 from tf_blockmomentum.optimizer import check_strategy, find, square_norm
-from tf_blockmomentum.strategy import BlockStrategy, check_number, sum_over_replicas, worker_of
+from tf_blockmomentum.strategy import (
+    BlockStrategy,
+    check_number,
+    pack,
+    sum_over_replicas,
+    sum_packs,
+    unpack,
+    worker_of,
+)
+
+_LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
 
 
 class BlockLoop:
@@ -98,6 +110,8 @@ class BlockLoop:
         with self._strategy.scope():
             # Steps this replica took in this block.
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
+            # Of the block whose deltas were sent last: what `_outgoing` puts into the header.
+            self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
 
         def local_step(data):
             with self._block_momentum.local_step():
@@ -106,16 +120,43 @@ class BlockLoop:
         self._local_steps = make_local_steps(
             local_step, self._strategy, self._jit, after_step=lambda: self._steps.assign_add(1)
         )
-        self._boundary = tf.function(self._cross_replica_boundary, autograph=False)
+        self._boundary = self._on_replicas(self._replica_boundary)
+        self._send = self._on_replicas(self._replica_send, compiled=True)
+        self._land = self._on_replicas(self._replica_land, compiled=True)
+        self._land_and_send = self._on_replicas(self._replica_land_and_send, compiled=True)
+        self._transport = self._on_replicas(self._replica_transport)
+        self._send_again = self._on_replicas(self._replica_send_again)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
+        self._flight: concurrent.futures.Future | None = None  # deltas on their way
         self._sum = tf.function(
             lambda x: self._strategy.run(lambda x: sum_over_replicas([x])[0], args=(x,)),
             autograph=False,
         )
 
+    def _on_replicas(self, replica_fn, compiled=False):
+        @functools.wraps(replica_fn)
+        def on_replicas(*args):
+            function = self._compiled(replica_fn) if compiled else replica_fn
+            return self._strategy.run(lambda *own: function(*own), args=args)
+
+        return tf.function(on_replicas, autograph=False)
+
+    def _compiled(self, replica_fn):
+        """A function of the boundary that does not communicate. For large models XLA compiles
+        it, whatever `jit_compile` is: one pass over the weights instead of about ten."""
+        weights = sum(v.shape.num_elements() for v in self._block_momentum.trained_variables)
+        jit = self._jit or weights >= _LARGE
+        return tf.function(replica_fn, jit_compile=jit, autograph=False)
+
     @property
     def position(self):
         """Local steps since the last boundary, from 0 to K - 1."""
         return self._position
+
+    @property
+    def at_anchor(self):
+        """Whether no block has begun, and no deltas are in flight."""
+        return self._position == 0 and self._flight is None
 
     @property
     def drift(self):
@@ -156,9 +197,12 @@ class BlockLoop:
         return self._run(iterator, steps)
 
     def flush(self):
-        """Ends the current block early, if it has begun. All workers call it alike."""
+        """Ends the current block early, if it has begun, and with `overlap` lands what is in
+        flight: all replicas are at the anchor then. All workers call it alike."""
         if self._position:
             self._end_block(ended=False)
+        if self._flight is not None:
+            self._land_flight(flush=True)
 
     # -- Python decides where blocks end ------------------------------------------------------
 
@@ -227,11 +271,15 @@ class BlockLoop:
     @property
     def variables(self):
         """Its own state besides `position`: each replica's steps in the present block."""
-        return [self._steps]
+        return [self._steps, self._sent_counts]
 
     def go_on(self, position):
         """Goes on in the middle of a block whose variables have been restored."""
         self._position = position
+        if self._block_momentum.in_flight:
+            self._depart(self._send_again())
+            assert self._flight is not None
+            self._flight.result()  # others may communicate before the next step
 
     def skip(self, iterator, count, taken=0):
         """Takes `count` batches without training on them, on this worker alone; `taken`
@@ -272,18 +320,72 @@ class BlockLoop:
         until the others' has ended too: all make the same number of boundaries."""
         while True:
             progress.note("waits in a boundary")
-            period = self._block_momentum.period
-            status = self._boundary(tf.constant(ended), tf.constant(stopping))
-            *counts, self._drift = status.numpy().tolist()
-            active, self._ended, stop, steps, *nonfinite = map(round, counts)
-            self._block_momentum.adapt_period(period, round(steps / max(active, 1)), self._drift)
+            flags = tf.constant(ended), tf.constant(stopping)
+            if self._block_momentum.overlap:
+                self._send_block(*flags)
+                if ended:
+                    self._land_flight()
+            else:
+                period = self._block_momentum.period
+                self._take_note(self._first(self._boundary(*flags)), period)
             progress.note("ended a block")
             self._position = 0
-            self._stopping = stop > 0
-            if any(nonfinite):
-                self._handle_nonfinite(nonfinite)
             if not ended or self.all_ended:
                 return
+
+    def _take_note(self, status, period=None):
+        """Of what a boundary has told this worker."""
+        replicas = self._strategy.num_replicas_in_sync
+        counts, self._drift = status[: 4 + replicas], float(status[-1])
+        active, self._ended, stop, steps, *nonfinite = map(round, counts.tolist())
+        if period:
+            self._block_momentum.adapt_period(period, round(steps / max(active, 1)), self._drift)
+        self._stopping = stop > 0
+        if any(nonfinite):
+            self._handle_nonfinite(nonfinite)
+
+    def _first(self, values):
+        return self._strategy.experimental_local_results(values)[0].numpy()
+
+    # -- overlap ------------------------------------------------------------------------------
+
+    def _send_block(self, ended, stopping):
+        """Ends a block: lands the deltas of the one before, and sends this one's."""
+        if self._flight is None:
+            packs = self._send(ended, stopping)
+        else:
+            sums, status = self._arrive()
+            packs = self._land_and_send(sums, ended, stopping)
+            self._take_note(status)
+        self._depart(packs)
+
+    def _land_flight(self, flush=False):
+        """Waits for what is in flight, and goes to the anchor. `flush`, or that the data of
+        all replicas has ended: statistics become their means."""
+        sums, status = self._arrive()
+        replicas = self._strategy.num_replicas_in_sync
+        flush = flush or round(float(status[1])) == replicas
+        self._land(sums, tf.constant(flush))
+        self._take_note(status)
+
+    def _depart(self, packs):
+        """Starts the all-reduce. All workers start theirs in the same order, and no other
+        collective before this one has arrived: nothing else communicates within an epoch."""
+        if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread
+            self._flight = concurrent.futures.Future()
+            self._flight.set_result(self._transport(packs))
+        else:
+            self._flight = self._thread.submit(self._transport, packs)
+
+    def _arrive(self):
+        assert self._flight is not None
+        flight, self._flight = self._flight, None
+        sums, status = flight.result()
+        status = self._first(status)
+        if any(status[4:-1]) and not self._skip_nonfinite:
+            self._land(sums, tf.constant(True))
+            self._take_note(status)  # raises
+        return sums, status
 
     def _handle_nonfinite(self, firsts):
         """`firsts`: for each replica 0, or the number of its first tensor not finite."""
@@ -312,55 +414,165 @@ class BlockLoop:
 
     # -- what is compiled ---------------------------------------------------------------------
 
-    def _cross_replica_boundary(self, ended, stopping):
-        status = self._strategy.run(self._replica_boundary, args=(ended, stopping))
-        return self._strategy.experimental_local_results(status)[0]
-
     def _replica_boundary(self, ended, stopping):
-        """Ends this replica's block. Returns, of all replicas: how many were averaged, how
-        many replicas' data has ended, how many ask to stop, the steps of those averaged; then
-        for each replica 0, or the number of its first tensor that is not finite; the drift."""
+        """Ends this replica's block. Returns the status, see `_means`, and the drift."""
+        packs = self._compiled(self._leave)(ended, stopping)
+        return self._compiled(self._come_back)(sum_packs(packs))
+
+    def _leave(self, ended, stopping):
+        """What this replica sends, packed."""
+        tensors = [*self._block_momentum.deltas(), *map(tf.convert_to_tensor, self._statistics)]
+        return pack(self._outgoing(tensors, ended, stopping))
+
+    def _come_back(self, sums):
+        """The outer step, and this replica to the anchor."""
+        optimizer, statistics = self._block_momentum, self._statistics
+        means, status, steps, square = self._means(unpack(sums, self._wire_specs))
+        count = len(optimizer.trained_variables)
+        d, others = means[:count], means[count:]
+        drift = optimizer.drift(d, square)
+
+        def end():
+            optimizer.end_block(optimizer.deltas(), d, steps)
+            for v, value in zip(statistics, others, strict=True):
+                v.assign(value)
+
+        tf.cond(status[0] > 0, end, lambda: None)
+        self._heal()
+        return tf.concat([status, [drift]], axis=0)
+
+    def _heal(self):
+        """Once the weights are finite again, the inner state of a replica that was left out."""
+        if self._skip_nonfinite:
+            first = self._sent_counts[3]
+            tf.cond(first > 0, lambda: _make_finite(self._block_momentum), lambda: None)
+
+    def _replica_send(self, ended, stopping):
+        """With `overlap`: ends this replica's block, begins the next. Returns what to sum."""
+        return self._sent_after(lambda: None, ended, stopping)
+
+    def _replica_land_and_send(self, sums, ended, stopping):
+        return self._sent_after(lambda: self._replica_land(sums, None), ended, stopping)
+
+    def _sent_after(self, land, ended, stopping):
+        optimizer = self._block_momentum
+        deltas = list(optimizer.deltas())
+        tensors = [*deltas, *map(tf.convert_to_tensor, self._statistics)]
+        sent = self._outgoing(tensors, ended, stopping)
+        land()
+        optimizer.send(sent[: len(deltas)])
+        self._heal()
+        return pack(sent)
+
+    def _replica_send_again(self):
+        """What was in flight when a backup was written; no data had ended."""
+        taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
+        tensors = [*self._block_momentum.sent, *self._statistics]
+        tensors = [tf.convert_to_tensor(t) for t in tensors]
+        header = self._header(tensors, taking_part > 0, False, stopping, steps, first)
+        return pack([*tensors, header])
+
+    def _replica_transport(self, packs):
+        """The all-reduce. Returns the sums and, for the host, the status."""
+        sums = sum_packs([tf.identity(p) for p in packs])  # an argument alone has no device
+        _, status, _, _ = self._means(unpack(sums, self._wire_specs))
+        return sums, tf.concat([status, [0.0]], axis=0)
+
+    def _replica_land(self, sums, flush):
+        """The outer step of the block before; with `flush` (None: never) the statistics'
+        means. Without it they go on as they are: moving averages of a replica's own may be
+        averaged at any later time with the same result."""
+        optimizer, statistics = self._block_momentum, self._statistics
+        means, status, _, sharing = self._means(unpack(sums, self._wire_specs))
+        count = len(means) - len(statistics)
+        d, others = means[:count], means[count:]
+        tf.cond(status[0] > 0, lambda: optimizer.land(d), lambda: None)
+        if flush is not None:
+            optimizer.discard_block()
+        for v, value in zip(statistics, others, strict=True):
+            own = tf.convert_to_tensor(v)
+            if flush is not None:
+                v.assign(tf.where(tf.logical_and(flush, sharing > 0), value, own))
+            elif self._skip_nonfinite:
+                v.assign(tf.where(tf.math.is_finite(own), own, value))
+
+    @property
+    def _wire_specs(self):
+        """What `_outgoing` returns: shapes and dtypes."""
+        optimizer = self._block_momentum
+        variables = [*optimizer.trained_variables, *self._statistics]
+        specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in variables]
+        size = 4 + self._strategy.num_replicas_in_sync
+        size += optimizer.overlap or optimizer.measures_drift
+        return [*specs, tf.TensorSpec([size], self._header_dtype(specs))]
+
+    @property
+    def _statistics(self):
+        """What is averaged at a boundary besides the weights."""
+        return [*self._averaged, *self._block_momentum.averaged_state]
+
+    def _outgoing(self, tensors, ended, stopping):
+        """What a replica sends at the end of its block: `tensors`, the deltas first, as zeros if
+        it is left out; then the header."""
         optimizer = self._block_momentum
         steps = tf.convert_to_tensor(self._steps)
         self._steps.assign(tf.zeros_like(self._steps))
+        finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
+        first = tf.where(
+            tf.logical_and(steps > 0, tf.logical_not(tf.reduce_all(finite))),
+            tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32),
+            0,
+        )
+        taking_part = tf.logical_and(steps > 0, first == 0)
+        counts = (taking_part, stopping, steps, first)
+        self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
+        # Not by multiplying: a replica that is left out may hold anything.
+        sent = [tf.where(taking_part, t, tf.zeros_like(t)) for t in tensors]
+        if optimizer.overlap:  # statistics that are averaged later count without a step too
+            for i in range(len(optimizer.trained_variables), len(tensors)):
+                sent[i] = tf.where(first == 0, tensors[i], tf.zeros_like(tensors[i]))
+        header = self._header(tensors, taking_part, ended, stopping, steps, first)
+        if optimizer.measures_drift:
+            square = square_norm(sent[: len(optimizer.trained_variables)])
+            header = tf.concat([header, [square]], axis=0)
+        return [*sent, header]
+
+    def _header(self, tensors, taking_part, ended, stopping, steps, first):
         context = tf.distribute.get_replica_context()
         replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-        counts: tf.Tensor = None
-        first: tf.Tensor = None
+        wire = self._header_dtype(tensors)
+        taken = tf.where(taking_part, steps, 0)
+        numbers = [taking_part, ended, stopping, taken]
+        if self._block_momentum.overlap:
+            numbers.append(first == 0)
+        which = tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire)
+        counts = [tf.cast(x, wire) for x in numbers]
+        return tf.concat([counts[:4], which, counts[4:]], axis=0)
 
-        def mean(tensors):
-            nonlocal counts, first
-            finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
-            first = tf.where(
-                tf.logical_and(steps > 0, tf.logical_not(tf.reduce_all(finite))),
-                tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32),
-                0,
-            )
-            taking_part = tf.logical_and(steps > 0, first == 0)
-            # Not by multiplying: a replica that is left out may hold anything.
-            sent = [tf.where(taking_part, t, tf.zeros_like(t)) for t in tensors]
-            # Counts in a dtype that is on the wire anyway, unless it counts badly.
-            wire = tensors[0].dtype if tensors else tf.float32
-            if wire == tf.bfloat16 or optimizer.scheduled:
-                wire = tf.float32
-            taken = tf.where(taking_part, steps, 0)
-            header = [
-                tf.stack([tf.cast(x, wire) for x in (taking_part, ended, stopping, taken)]),
-                tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire),
-            ]
-            if optimizer.measures_drift:
-                header.append([square_norm(sent[: len(optimizer.trained_variables)])])
-            *sums, total = sum_over_replicas([*sent, tf.concat(header, axis=0)])
-            active = total[0]
-            share = tf.math.reciprocal(tf.maximum(active, 1))
-            counts = tf.cast(total[: 4 + replicas], tf.float32)
-            means = [s * tf.cast(share, s.dtype) for s in sums]
-            return means, active, total[3] * share, total[-1] * share
+    def _header_dtype(self, tensors):
+        """One that is on the wire anyway, unless it counts badly."""
+        wire = tensors[0].dtype if tensors else tf.float32
+        return tf.float32 if wire == tf.bfloat16 or self._block_momentum.scheduled else wire
 
-        drift = optimizer.end_block(mean, self._averaged)
-        if self._skip_nonfinite:
-            tf.cond(first > 0, lambda: _make_finite(optimizer), lambda: None)
-        return tf.concat([counts, [drift]], axis=0)
+    def _means(self, sums):
+        """From the sums over the replicas of what they sent: the means over those averaged; the
+        status: how many were averaged, how many replicas' data has ended, how many ask to stop,
+        the steps of those averaged, then for each replica 0 or the number of its first tensor
+        that is not finite; the mean number of steps; the header's last number, as a mean too
+        without `overlap`."""
+        *sums, total = sums
+        share = tf.math.reciprocal(tf.maximum(total[0], 1))
+        status = tf.cast(total[: 4 + self._strategy.num_replicas_in_sync], tf.float32)
+        weights = len(self._block_momentum.trained_variables)
+        if self._block_momentum.overlap:
+            last = total[-1]
+            others = tf.math.reciprocal(tf.maximum(last, 1))
+        else:
+            last, others = total[-1] * share, share
+        means = [
+            s * tf.cast(share if i < weights else others, s.dtype) for i, s in enumerate(sums)
+        ]
+        return means, status, total[3] * share, last
 
 
 def _make_finite(optimizer):

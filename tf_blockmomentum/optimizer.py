@@ -58,18 +58,36 @@ class BlockMomentum(_keras.LocalUpdate):
             three: it is given the anchor as variables and $-d$ as gradients.
         inner_state: what becomes of the inner optimizer's slots (momenta, second
             moments) at a boundary. "keep": each replica keeps its own. "reset": they
-            go back to their initial values; not for Adam and its like, whose bias
-            correction goes by the step. "average": they are averaged as the weights
-            are, which makes the all-reduce that much larger.
+            go back to their initial values, which lets momentum SGD and Adam bear a
+            large beta (Adam's bias correction goes on by the step). "average": they are
+            averaged as the weights are, which makes the all-reduce that much larger.
+        overlap: True lets the all-reduce of a block's deltas run while the next block
+            computes; the outer step then comes one block late (below). Needs a number
+            for `sync_period`, no `outer_optimizer`, and not `inner_state="average"`.
         name: optional name.
+
+    With `overlap`, at the end of a block, $\delta_j$ is what replica $j$ moved in it and
+    $m$ the mean delta of the block *before*, which has arrived meanwhile:
+
+    $$\begin{aligned}
+    v &\leftarrow \beta v + \zeta m, \qquad \text{anchor} \leftarrow \text{anchor} + v\\
+    w_j &\leftarrow \text{anchor} + \beta v + \zeta \delta_j
+    \end{aligned}$$
+
+    The last line is the outer step that is still to come, with the replica's own delta for
+    the mean that is on its way: where the anchor would be if all replicas had moved alike.
+    Their momentum is shared, so they part by no more than their deltas differ. A flush lands
+    what is in flight and starts the next block from the anchor; so do the ends of epochs.
+    Delayed averaging from the stale anchor, as in CO2, has no such term and diverges with
+    block momentum. Prefer it off where the network is fast, or shards are unlike.
 
     Memory: two more copies of the trainable weights than the inner optimizer alone
     (anchor, velocity), one when `block_momentum` is 0; with an `outer_optimizer` the
-    anchor and its slots.
+    anchor and its slots; with `overlap` one more (the delta in flight).
 
     Not for: models that fit's synchronous training already keeps busy on its network
     (nothing is gained); blocks so long that replicas drift apart (shorten K); fewer
-    than some dozens of blocks in all (the momentum has no time to act).
+    than some ten blocks in all (the momentum has no time to act).
 
     Source: Cong and Liu, "Accelerate Distributed Stochastic Descent for Nonconvex
     Optimization with Momentum" (arXiv 2110.00625), Algorithm 1 (M-AVG).
@@ -97,6 +115,7 @@ class BlockMomentum(_keras.LocalUpdate):
         block_learning_rate=None,
         outer_optimizer=None,
         inner_state="keep",
+        overlap=False,
         name=None,
         **kwargs,
     ):
@@ -119,6 +138,14 @@ class BlockMomentum(_keras.LocalUpdate):
         self.inner_optimizer = inner_optimizer
         self.sync_period = schedules.check_schedule(sync_period)
         self.inner_state = inner_state
+        self.overlap = bool(overlap)
+        if overlap and (self.scheduled or inner_state == "average" or outer_optimizer):
+            raise ValueError(
+                "overlap=True needs a number for `sync_period`, no `outer_optimizer` (it has to "
+                'foretell the outer step) and an `inner_state` of "keep" or "reset" (averages '
+                f"would come a block late). Received: sync_period={sync_period!r}, "
+                f"outer_optimizer={outer_optimizer!r}, inner_state={inner_state!r}."
+            )
         momentum = {
             "block_momentum": block_momentum,
             "nesterov": nesterov,
@@ -204,45 +231,31 @@ class BlockMomentum(_keras.LocalUpdate):
             grads = [g if g is None else ops.multiply(g, replicas) for g in grads]
         self.inner_optimizer.apply(grads, trainable_variables)
 
-    def end_block(self, mean, averaged_variables=()):
+    def deltas(self):
+        """How far this replica's weights have moved in this block, in replica context."""
+        begins = self._anchors if not self.overlap else self._begins()
+        return [ops.subtract(w, x) for w, x in zip(self.trained_variables, begins, strict=True)]
+
+    def end_block(self, deltas, d, steps):
         """Ends a block in this replica: the outer step, and back to the anchor.
 
-        Called by `BlockLoop` in replica context.
+        Called by `BlockLoop` in replica context, if any replica took a step.
 
         Args:
-            mean: a function from a list of tensors to their means over the replicas; the
-                number of replicas that took a step (without one this is no block); the mean
-                number of steps; and the mean square norm of the first tensors, as many as
-                there are weights, if `measures_drift`.
-            averaged_variables: variables to be replaced by their means (statistics).
-
-        Returns:
-            The drift, or 0 where it is not measured.
+            deltas: this replica's.
+            d: their means over the replicas.
+            steps: the replicas' mean number of steps.
         """
-        weights, anchors = self.trained_variables, self._anchors
-        deltas = [ops.subtract(w, anchor) for w, anchor in zip(weights, anchors, strict=True)]
-        averaged_variables = [*averaged_variables, *self.averaged_state]
-        others = [ops.convert_to_tensor(v) for v in averaged_variables]
-        means, active, steps, square = mean([*deltas, *others])
-        d, others = means[: len(deltas)], means[len(deltas) :]
-        drift = tf.constant(0.0)
-        if self.measures_drift:
-            spread = tf.maximum(square - square_norm(d), 0)  # mean |w_j|^2 - |mean w|^2
-            drift = tf.sqrt(tf.math.divide_no_nan(spread, square_norm(anchors)))
+        self.take_outer_step(deltas, d)
+        self._reset_inner_state()
+        self._blocks.assign_add(1)
+        if self.scheduled:
+            self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
 
-        def end():
-            self.take_outer_step(deltas, d)
-            for v, value in zip(averaged_variables, others, strict=True):
-                v.assign(value)
-            if self.inner_state == "reset":
-                for slot, initial in self._initial_slots:
-                    slot.assign(ops.full(slot.shape, initial, slot.dtype))
-            self._blocks.assign_add(1)
-            if self.scheduled:
-                self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
-
-        tf.cond(active > 0, end, lambda: None)
-        return drift
+    def _reset_inner_state(self):
+        if self.inner_state == "reset":
+            for slot, initial in self._initial_slots:
+                slot.assign(ops.full(slot.shape, initial, slot.dtype))
 
     def take_outer_step(self, deltas, d):
         """Moves the anchor by the replicas' mean delta, and this replica to the anchor.
@@ -251,6 +264,10 @@ class BlockMomentum(_keras.LocalUpdate):
             deltas: this replica's, which the outer step has no use for.
             d: their means over the replicas.
         """
+        self._move_anchor(d)
+        self.discard_block()
+
+    def _move_anchor(self, d):
         anchors = self._anchors
 
         def rest():  # of the block momentum, while warming up
@@ -267,7 +284,64 @@ class BlockMomentum(_keras.LocalUpdate):
         for w, anchor in zip(self.trained_variables, anchors, strict=True):
             if w.constraint is not None:
                 anchor.assign(w.constraint(anchor))
-            w.assign(anchor)
+
+    # -- overlap: the outer step comes one block late ----------------------------------------
+
+    def send(self, deltas):
+        """Begins the next block where the outer step to come would lead if all replicas' deltas
+        were this one's, which are on their way from now on."""
+        for x, delta in zip(self._sent, deltas, strict=True):
+            x.assign(delta)
+        self._in_flight.assign(True)
+        self._reset_inner_state()
+        for w, x in zip(self.trained_variables, self._begins(), strict=True):
+            w.assign(x)
+
+    def land(self, d):
+        """The outer step of the block before, with its mean delta."""
+        self._move_anchor(d)
+        self._blocks.assign_add(1)
+
+    @property
+    def sent(self):
+        """This replica's deltas in flight, a variable for each trained one."""
+        return self._sent
+
+    @property
+    def in_flight(self):
+        """Whether there are any, a bool."""
+        return self.overlap and bool(self._in_flight.numpy())
+
+    def _begins(self):
+        """Where this replica began the block."""
+        beta, zeta = self.block_momentum, self.block_learning_rate
+        velocities = self.outer_optimizer.momentums if beta else self._sent  # times 0
+        in_flight = ops.convert_to_tensor(self._in_flight)
+        for w, anchor, sent, v in zip(
+            self.trained_variables, self._anchors, self._sent, velocities, strict=True
+        ):
+            anchor, sent = ops.convert_to_tensor(anchor), ops.convert_to_tensor(sent)
+            step = zeta * sent
+            if beta:
+                step = beta * v + step
+                if self.nesterov:
+                    step = beta * step + zeta * sent
+            begin = anchor + step
+            if w.constraint is not None:
+                begin = w.constraint(begin)
+            yield tf.where(in_flight, begin, anchor)
+
+    def drift(self, d, square):
+        """The drift, or 0 where it is not measured.
+
+        Args:
+            d: the mean delta.
+            square: the replicas' mean square norm of theirs.
+        """
+        if not self.measures_drift:
+            return tf.constant(0.0)
+        spread = tf.maximum(square - square_norm(d), 0)  # mean |w_j|^2 - |mean w|^2
+        return tf.sqrt(tf.math.divide_no_nan(spread, square_norm(self._anchors)))
 
     @property
     def averaged_state(self):
@@ -312,10 +386,12 @@ class BlockMomentum(_keras.LocalUpdate):
         may have been set or loaded since the last boundary."""
         for w, anchor in zip(self.trained_variables, self._anchors, strict=True):
             anchor.assign(w)
-            w.assign(anchor)
+        self.discard_block()
 
     def discard_block(self):
         """Takes the anchor for the present weights: the reverse of `restart_block`."""
+        if self.overlap:
+            self._in_flight.assign(False)
         for w, anchor in zip(self.trained_variables, self._anchors, strict=True):
             w.assign(anchor)
 
@@ -358,6 +434,11 @@ class BlockMomentum(_keras.LocalUpdate):
             self._anchors = self.add_optimizer_variables(variables, "anchor")
             self.inner_optimizer.build(variables)
             self.outer_optimizer.build(self._anchors)
+            if self.overlap:
+                self._sent = self.add_optimizer_variables(variables, "sent")
+                self._in_flight = self.add_variable(
+                    shape=(), initializer="zeros", dtype="bool", name="in_flight"
+                )
             if self.scheduled:
                 self._global_step = self._counter("global_step", 0)
                 self._adapted = self._counter(
@@ -446,6 +527,7 @@ class BlockMomentum(_keras.LocalUpdate):
                 else None
             ),
             "inner_state": self.inner_state,
+            "overlap": self.overlap,
             "name": self.name,
         }
 

@@ -49,8 +49,8 @@ class BlockStrategy(tf.distribute.Strategy):
         """Inside, `reduce` answers from this worker alone, without communication.
 
         TensorFlow's distributed iterator asks all workers before every batch
-        whether any has data left, and Keras averages a whole batch over the
-        workers to learn its shape; both go through `reduce`.
+        whether any has data left, Keras averages a whole batch over the workers
+        to learn its shape, and to reset a metric reads it: all through `reduce`.
         """
         before, self._answers_locally = self._answers_locally, True
         try:
@@ -187,9 +187,7 @@ def worker_of(strategy):
 def sum_over_replicas(tensors):
     """Sums each tensor over all replicas, in replica context: one all-reduce per dtype.
 
-    Tensors are packed into one flat buffer per dtype and so travel in one message
-    instead of one per variable. bfloat16, which CPU collectives do not accept,
-    travels as float32. Adds one packed copy of `tensors` to memory while it runs.
+    Adds one packed copy of `tensors` to memory while it runs.
 
     Args:
         tensors: list of floating point tensors, of the same shapes on every replica.
@@ -197,19 +195,41 @@ def sum_over_replicas(tensors):
     Returns:
         List of the sums, of the same shapes and dtypes.
     """
+    return unpack(sum_packs(pack(tensors)), tensors)
+
+
+def pack(tensors):
+    """One flat tensor per dtype, so that a list travels in so many messages and not in one for
+    each. bfloat16, which CPU collectives do not accept, travels as float32."""
+    return [
+        tf.concat([tf.reshape(tf.cast(tensors[i], wire), [-1]) for i in members], axis=0)
+        for wire, members in _by_wire(tensors).items()
+    ]
+
+
+def sum_packs(packs):
+    """Sums flat tensors over all replicas, in replica context."""
     context = tf.distribute.get_replica_context()
-    packs: dict = {}
+    return [context.all_reduce(tf.distribute.ReduceOp.SUM, flat) for flat in packs]
+
+
+def unpack(packs, like):
+    """The reverse of `pack`: a list of tensors of the shapes and dtypes of `like`."""
+    tensors = list(like)
+    for flat, members in zip(packs, _by_wire(like).values(), strict=True):
+        parts = tf.split(flat, [like[i].shape.num_elements() for i in members])
+        for i, part in zip(members, parts, strict=True):
+            tensors[i] = tf.cast(tf.reshape(part, like[i].shape), like[i].dtype)
+    return tensors
+
+
+def _by_wire(tensors):
+    """Which tensors travel as which dtype."""
+    members: dict = {}
     for i, tensor in enumerate(tensors):
         wire = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
-        packs.setdefault(wire, []).append(i)
-    sums = list(tensors)
-    for wire, members in packs.items():
-        flat = tf.concat([tf.reshape(tf.cast(tensors[i], wire), [-1]) for i in members], axis=0)
-        total = context.all_reduce(tf.distribute.ReduceOp.SUM, flat)
-        parts = tf.split(total, [tensors[i].shape.num_elements() for i in members])
-        for i, part in zip(members, parts, strict=True):
-            sums[i] = tf.cast(tf.reshape(part, tensors[i].shape), tensors[i].dtype)
-    return sums
+        members.setdefault(wire, []).append(i)
+    return members
 
 
 def _no_device_buffer():
