@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-all test-oldest chaos lint format clean
+.PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick chaos lint format
+.PHONY: clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
@@ -19,6 +20,21 @@ test-all: $(VENV)/installed-all lint
 # The oldest supported TensorFlow and Keras, in an environment of their own.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest $(ARGS)
+
+# The paper's claims with error bars, docs/evidence.md; about an hour on 2 cores.
+evidence: $(VENV)/installed-examples
+	$(BIN)/python benchmarks/evidence.py $(ARGS)
+
+# Each of its studies in small, into runs/evidence-quick; two minutes.
+evidence-quick: $(VENV)/installed-examples
+	$(BIN)/python benchmarks/evidence.py --quick $(ARGS)
+
+# Speed over links of several speeds (between network namespaces, as root), into runs/bench.
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-quick: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/speed.py --quick $(ARGS)
 
 # Twenty random kills over a small job; some minutes.
 chaos: $(VENV)/installed-examples

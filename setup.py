@@ -14,6 +14,10 @@ TUNER = [
     "tensorboard",  # keras-tuner's trials all fail without it
     "matplotlib>=3.8",  # the heat map
 ]
+BENCH = [
+    "matplotlib>=3.8",  # the curves
+    "tf_keras>=2.20",  # Keras 2, a contender
+]
 DEV = [
     # Exact, so that the gate says the same tomorrow.
     "ruff==0.17.6",
@@ -39,6 +43,7 @@ setup(
     extras_require={
         "examples": EXAMPLES,
         "tuner": TUNER,
+        "bench": BENCH,
         "dev": DEV,
         "all": EXAMPLES + TUNER + DEV,
     },
