@@ -1,0 +1,106 @@
+"""The benchmarks: what they compare with is right, and they run."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import reference
+from helpers import replica_values
+from test_oracles import close, data, start
+
+import tf_blockmomentum as tfbm
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_elastic_averaging(strategy_of, monkeypatch):
+    """Zhang, Choromanska and LeCun (2015), equations 5 and 6, every three steps."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from elastic import ElasticAveraging
+
+    strategy, beta, rate = strategy_of(2), 0.9, 0.1
+    batches, dataset = data(9, 2)
+    with strategy.scope():
+        model = keras.Sequential([keras.Input([5]), keras.layers.Dense(3)])
+        model.compile(
+            ElasticAveraging(keras.optimizers.SGD(rate), sync_period=3, elasticity=beta),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+    model.set_weights(start())
+    model.fit(dataset, verbose=0, callbacks=[tfbm.BlockTraining()])
+
+    centre = [w.astype("float64") for w in start()]
+    local = [[w.copy() for w in centre] for _ in range(2)]
+    for step, shares in enumerate(batches, 1):
+        for j, (x, y) in enumerate(shares):
+            _, grads = reference.softmax_gradients(local[j], x, y)
+            local[j] = [w - rate * g for w, g in zip(local[j], grads, strict=True)]
+        if step % 3 == 0:
+            apart = [[w - c for w, c in zip(own, centre, strict=True)] for own in local]
+            local = [
+                [w - beta / 2 * a for w, a in zip(own, away, strict=True)]
+                for own, away in zip(local, apart, strict=True)
+            ]
+            means = [np.mean(both, axis=0) for both in zip(*apart, strict=True)]
+            centre = [c + beta * m for c, m in zip(centre, means, strict=True)]
+    close([v.numpy() for v in model.optimizer.anchors], centre)
+    for j in range(2):
+        close([replica_values(w)[j] for w in model.trainable_variables], local[j])
+
+
+@pytest.mark.timeout(300)
+def test_evidence_in_small(tmp_path, monkeypatch):
+    """Every study is run and reported, from recorded runs."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import evidence
+
+    subprocess.run(
+        [sys.executable, BENCHMARKS / "evidence.py", "--quick", "--jobs", "1"],
+        cwd=tmp_path, check=True, timeout=280, capture_output=True,
+    )  # fmt: skip
+    folder = tmp_path / "runs" / "evidence-quick"
+    with (folder / "evidence_runs.csv").open(newline="") as file:
+        runs = list(csv.DictReader(file))
+    wanted = [(s, seed) for s in evidence.settings(quick=True) for seed in s["seeds"]]
+    assert len(runs) == len(wanted)
+    losses = [[float(loss) for loss in run["loss"].split()] for run in runs]
+    assert all(own[0] > own[-1] for own in losses if len(own) > 1)
+    # Of the same seed, block momentum has the lower loss.
+    by_beta = {
+        beta: [
+            own[-1]
+            for own, run in zip(losses, runs, strict=True)
+            if (run["study"], run["method"], run["sync_period"]) == ("acceleration", method, "8")
+        ]
+        for beta, method in ((0.0, "K-AVG"), (0.7, "M-AVG"))
+    }
+    assert all(b < a for a, b in zip(by_beta[0.0], by_beta[0.7], strict=True))
+    text = (folder / "evidence.md").read_text()
+    for title in ("Acceleration", "Scaling", "inner optimizer's state", "Overlap", "not help"):
+        assert f"{title}\n" in text or title in text
+    mean = np.mean(by_beta[0.7])
+    assert "| M-AVG | 0.2 | 8 | 0.7 | " in text
+    assert f"{mean:.4f} ± " in text
+    for picture in folder.glob("*.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(list(folder.glob("*.png"))) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_speed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "speed.py", "--links", "loopback", "--periods", "2",
+         "--rounds", "1"],
+        cwd=tmp_path, check=True, timeout=280, capture_output=True, text=True,
+    )  # fmt: skip
+    with (tmp_path / "runs" / "bench" / "speed.csv").open(newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert {"no communication", "synchronous fit", "blocks", "blocks, overlap"} <= set(rows)
+    assert all(float(row["step_seconds"]) > 0 for row in rows.values())
+    assert "| blocks, overlap | 2 | " in done.stdout
+    assert (tmp_path / "runs" / "bench" / "speed.png").exists()
