@@ -173,7 +173,8 @@ def test_many_dropout_layers_make_tensorflow_warn_of_no_retracing(strategy_of):
         fit(model, *examples(), batch_size=16)
     finally:
         tf.get_logger().removeHandler(handler)
-    assert not [text for text in warnings if "retracing" in text]
+    # Of other functions it may warn, which other tests have traced too.
+    assert not [text for text in warnings if "retracing" in text and "replica_ids" in text]
 
 
 def test_own_train_step_weights_and_several_inputs(strategy_of):

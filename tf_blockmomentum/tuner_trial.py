@@ -159,7 +159,7 @@ class TrialTraining(BlockTraining):
             loop: Any = self._loop
             loop._local_steps = self._steps.of(loop._local_steps, lambda result: result[0])
             loop._boundary = self._boundaries.of(
-                loop._boundary, lambda status: status.numpy() is not None
+                loop._boundary, lambda status: loop._first(status) is not None
             )
 
     def on_train_batch_end(self, batch, logs=None):
