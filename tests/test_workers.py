@@ -141,7 +141,10 @@ def check_the_rest(saw):
     plain.set_weights([saw[0]["stock_start"], np.zeros(3)])
     accuracies = []
     for _ in range(2):
-        results = [plain.train_on_batch(a, b)[1] for a, b in zip(x, y, strict=True)]
+        results = []
+        for a, b in zip(x, y, strict=True):
+            plain.reset_metrics()  # older Keras goes on from the batch before
+            results.append(plain.train_on_batch(a, b)[1])
         accuracies.append(np.mean(results))
     close([saw[0]["stock_kernel"]], [plain.get_weights()[0]], 2e-6)
     np.testing.assert_allclose(saw[0]["stock_accuracy"], accuracies, rtol=1e-5)

@@ -320,6 +320,7 @@ class BlockLoop:
         until the others' has ended too: all make the same number of boundaries."""
         while True:
             progress.note("waits in a boundary")
+            self._position = 0
             flags = tf.constant(ended), tf.constant(stopping)
             if self._block_momentum.overlap:
                 self._send_block(*flags)
@@ -329,7 +330,6 @@ class BlockLoop:
                 period = self._block_momentum.period
                 self._take_note(self._first(self._boundary(*flags)), period)
             progress.note("ended a block")
-            self._position = 0
             if not ended or self.all_ended:
                 return
 
@@ -632,7 +632,10 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
 
         def combine(output):
             parts = strategy.experimental_local_results(output)
-            if output is None or len(parts) == 1 or not parts[0].dtype.is_floating:
+            if output is None or len(parts) == 1:
+                return parts[0]
+            parts = [tf.convert_to_tensor(part) for part in parts]  # eagerly they may be floats
+            if not parts[0].dtype.is_floating:
                 return parts[0]
             kept = [tf.where(t, p, tf.zeros_like(p)) for t, p in zip(taken, parts, strict=True)]
             count = tf.add_n([tf.cast(t, tf.int32) for t in taken])
