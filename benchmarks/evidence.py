@@ -257,8 +257,6 @@ def inner_optimizer(name):
         "momentum": lambda: keras.optimizers.SGD(momentum=0.9),
         "nesterov": lambda: keras.optimizers.SGD(momentum=0.9, nesterov=True),
         "adam": lambda: keras.optimizers.Adam(),
-        "adamw": lambda: keras.optimizers.AdamW(weight_decay=0.01),
-        "rmsprop": lambda: keras.optimizers.RMSprop(),
     }[name]()
 
 

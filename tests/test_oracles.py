@@ -309,7 +309,7 @@ def test_batch_norm_statistics_are_averaged_and_dropout_masks_differ(strategy_of
     ],
 )
 def test_overlap(strategy_of, replicas, outer, steps_per_execution, jit):
-    """Two epochs of 4, 4, 4 and 2 steps: what is in flight lands at the end of each."""
+    """Two epochs of seven blocks: what is in flight lands at the end of each."""
     batches, dataset = data(28, replicas)
     recorder, model = train(
         strategy_of(replicas), dataset, lambda: keras.optimizers.SGD(0.2), start(), epochs=2,

@@ -79,7 +79,9 @@ def test_cluster(tmp_path, workers, parts):
             **settings,
         )  # fmt: skip
         if not overlap:  # all replicas are at the anchor
-            boundaries = [[anchor] * workers for anchor in boundaries[0]]
+            anchors, before = boundaries
+            assert all(len(replicas) == workers for replicas in before)
+            boundaries = [[anchor] * workers for anchor in anchors]
         period = settings["sync_period"]
         ends = [s for s in range(1, 15) if (s - 1) % 7 % period == period - 1 or s % 7 == 0]
         assert all(own[f"blocks_{case}"] == len(ends) == len(boundaries) for own in saw)

@@ -421,8 +421,7 @@ class BlockLoop:
 
     def _leave(self, ended, stopping):
         """What this replica sends, packed."""
-        tensors = [*self._block_momentum.deltas(), *map(tf.convert_to_tensor, self._statistics)]
-        return pack(self._outgoing(tensors, ended, stopping))
+        return pack(self._outgoing(ended, stopping))
 
     def _come_back(self, sums):
         """The outer step, and this replica to the anchor."""
@@ -456,11 +455,9 @@ class BlockLoop:
 
     def _sent_after(self, land, ended, stopping):
         optimizer = self._block_momentum
-        deltas = list(optimizer.deltas())
-        tensors = [*deltas, *map(tf.convert_to_tensor, self._statistics)]
-        sent = self._outgoing(tensors, ended, stopping)
+        sent = self._outgoing(ended, stopping)
         land()
-        optimizer.send(sent[: len(deltas)])
+        optimizer.send(sent[: len(optimizer.trained_variables)])
         self._heal()
         return pack(sent)
 
@@ -511,10 +508,11 @@ class BlockLoop:
         """What is averaged at a boundary besides the weights."""
         return [*self._averaged, *self._block_momentum.averaged_state]
 
-    def _outgoing(self, tensors, ended, stopping):
-        """What a replica sends at the end of its block: `tensors`, the deltas first, as zeros if
+    def _outgoing(self, ended, stopping):
+        """What a replica sends at the end of its block: its deltas and statistics, as zeros if
         it is left out; then the header."""
         optimizer = self._block_momentum
+        tensors = [*optimizer.deltas(), *map(tf.convert_to_tensor, self._statistics)]
         steps = tf.convert_to_tensor(self._steps)
         self._steps.assign(tf.zeros_like(self._steps))
         finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
