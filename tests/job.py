@@ -22,6 +22,7 @@ DEFAULTS = {
     "optimizer": "adam",
     "jit": False,
     "overlap": False,
+    "compression": None,
     "steps_per_execution": 1,
     "epochs": 3,
     "steps_per_epoch": None,
@@ -76,7 +77,7 @@ if given["devices"] > 1:
 elif given["devices"] == 1:
     strategy = None
 else:
-    strategy = tfbm.MultiWorkerBlockStrategy()
+    strategy = tfbm.MultiWorkerBlockStrategy(compression=given["compression"])
 fail("joined")
 
 

@@ -15,6 +15,25 @@ def softmax_gradients(weights, x, y):
     return loss, [x.T @ p, p.sum(0)]
 
 
+class Float16:
+    """Deltas sent as float16 with error feedback, and added up as float16."""
+
+    def __init__(self):
+        self.residuals = {}
+
+    def __call__(self, deltas, which=0):
+        """What the replicas send of tensor number `which`, and its mean."""
+        wanted = deltas + self.residuals.get(which, 0)
+        codes = wanted.astype(np.float16)
+        self.residuals[which] = wanted - codes
+        return codes.astype(np.float64), codes.sum(0, dtype=np.float16) / np.float64(len(codes))
+
+
+def uncompressed(deltas, which=0):
+    """As `Float16`, of deltas that travel as they are."""
+    return deltas, deltas.mean(0)
+
+
 def m_avg(
     weights,
     batches,
@@ -26,6 +45,7 @@ def m_avg(
     nesterov=False,
     inner_momentum=0.0,
     epoch_steps=None,
+    send=uncompressed,
 ):
     """Runs M-AVG over `batches[step][replica] = (x, y)` in float64.
 
@@ -50,7 +70,7 @@ def m_avg(
         if position == sync_period or last:
             before.append([[w.copy() for w in replica] for replica in local])
             for i in range(len(anchor)):
-                delta = np.mean([local[j][i] for j in range(replicas)], axis=0) - anchor[i]
+                _, delta = send(np.stack([local[j][i] for j in range(replicas)]) - anchor[i], i)
                 velocity[i] = block_momentum * velocity[i] + block_learning_rate * delta
                 step_by = velocity[i]
                 if nesterov:
@@ -72,6 +92,7 @@ def overlapped_m_avg(
     block_learning_rate=1.0,
     nesterov=False,
     epoch_steps=None,
+    send=uncompressed,
 ):
     """M-AVG whose outer step comes one block late, in float64, over `batches` as in `m_avg`.
 
@@ -100,13 +121,13 @@ def overlapped_m_avg(
         last = step + 1 == len(batches) or (epoch_steps and (step + 1) % epoch_steps == 0)
         if position < sync_period and not last:
             continue
-        deltas, position = local - begin, 0
+        (deltas, mean), position = send(local - begin), 0
         if in_flight is not None:
-            anchor, velocity = outer_step(anchor, velocity, in_flight.mean(0))
-        in_flight = deltas
+            anchor, velocity = outer_step(anchor, velocity, in_flight)
+        in_flight = mean
         begin = np.stack([outer_step(anchor, velocity, delta)[0] for delta in deltas])
         if last:
-            anchor, velocity = outer_step(anchor, velocity, in_flight.mean(0))
+            anchor, velocity = outer_step(anchor, velocity, in_flight)
             in_flight, begin = None, np.stack([anchor] * len(deltas))
         local = begin.copy()
         seen.append([lists(w) for w in begin])

@@ -101,11 +101,11 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(
-    ("options", "devices", "fits"),
+    ("options", "process", "fits"),
     [
         (
             ["--workers", 2],
-            0,
+            {"compression": "float16"},
             {
                 "XLA, 4 steps at once": {
                     "optimizer": "momentum",
@@ -118,22 +118,26 @@ def undisturbed(tmp_path_factory):
                 "overlap": {"overlap": True, "every": 1, "stop": 18},
             },
         ),
-        ([], 1, {"repeated": {"optimizer": "schedule", "steps_per_epoch": 7, "stop": 16}}),
+        (
+            [],
+            {"devices": 1},
+            {"repeated": {"optimizer": "schedule", "steps_per_epoch": 7, "stop": 16}},
+        ),
         pytest.param(
             [],
-            3,
+            {"devices": 3},
             {"every step a block": {"optimizer": "sgd", "epochs": 2, "stop": 14}},
             marks=pytest.mark.slow,
         ),
     ],
     ids=["two workers", "no strategy", "three devices"],
 )
-def test_stopped_and_resumed_is_never_stopped(tmp_path, options, devices, fits):
+def test_stopped_and_resumed_is_never_stopped(tmp_path, options, process, fits):
     """Stopped in the middle of an epoch, and resumed in new processes."""
     never = {f"never {name}": {**fit, "stop": None, "backup": False} for name, fit in fits.items()}
-    _, before = job(tmp_path, options, fits={**never, **fits}, devices=devices)
+    _, before = job(tmp_path, options, fits={**never, **fits}, **process)
     again = {name: {**fit, "stop": None} for name, fit in fits.items()}
-    printed, results = job(tmp_path, options, fits=again, devices=devices)
+    printed, results = job(tmp_path, options, fits=again, **process)
     assert printed.count("going on from") == len(fits)
     for result, first in zip(results, before, strict=True):
         for name, fit in fits.items():
@@ -677,9 +681,11 @@ def test_poison_on_workers(tmp_path):
 @pytest.mark.parametrize(
     ("inner", "overlap"), [("sgd", False), ("adam", False), ("ema", False), ("adam", True)]
 )
-def test_poison_is_left_out(strategy_of, inner, overlap):
+@pytest.mark.parametrize("compression", [None, "float16"])
+def test_poison_is_left_out(strategy_of, monkeypatch, inner, overlap, compression):
     """Replica 1's data is NaN in the second block: its delta is left out of the mean."""
     strategy = strategy_of(2)
+    monkeypatch.setattr(strategy, "compression", compression)
     x, y = examples(96)
     x = x.reshape([12, 2, 4, 6])
     x[4, 1, 0] = np.nan  # the fifth batch's second half

@@ -328,3 +328,73 @@ def test_overlap(strategy_of, replicas, outer, steps_per_execution, jit):
     for j in range(replicas):
         close(recorder.steps[-1][j], want[-1][j], 2e-6)
         close(recorder.steps[-1][j], recorder.steps[-1][0], 0)
+
+
+@both
+@pytest.mark.parametrize("overlap", [False, True])
+def test_float16_on_the_wire(strategy_of, monkeypatch, overlap, jit):
+    """Slopes of whole numbers, so that all but the float16 is exact: to the bit."""
+    strategy, steps = strategy_of(2), 24
+    monkeypatch.setattr(strategy, "compression", "float16")
+    slopes = np.random.default_rng(0).integers(-3000, 3000, size=[steps, 2, 5]).astype("float32")
+    with strategy.scope():
+        w = keras.Variable(np.zeros(5, "float32"))
+        optimizer = tfbm.BlockMomentum(
+            keras.optimizers.SGD(1.0), sync_period=3, block_momentum=0.5, overlap=overlap
+        )
+        optimizer.build([w])
+
+    def step(slope):
+        optimizer.apply([slope[0] / strategy.num_replicas_in_sync], [w])
+
+    loop = tfbm.BlockLoop(step, optimizer, strategy, jit_compile=jit)
+    data = tf.data.Dataset.from_tensor_slices(slopes.reshape(-1, 5)).batch(2)
+    iterator = iter(strategy.experimental_distribute_dataset(data))
+    method = reference.overlapped_m_avg if overlap else reference.m_avg
+    batches = [[([slope], None) for slope in shares] for shares in slopes]
+
+    def run(send):
+        want = method([np.zeros(5)], batches, lambda w, x, y: (0, x), 1.0, 3, 0.5, send=send)
+        return want if overlap else [[w] * 2 for w in want[0]]
+
+    want, plain = run(reference.Float16()), run(reference.uncompressed)
+    for block in want[:-1]:
+        loop.run(iterator, 3)
+        for j in range(2):
+            np.testing.assert_array_equal(replica_values(w)[j], block[j][0])
+    loop.run(iterator, 3)
+    loop.flush()
+    np.testing.assert_array_equal(replica_values(w)[0], want[-1][0][0])
+    assert not np.array_equal(want[-1][0][0], plain[-1][0][0])
+
+
+def test_float16_loses_nothing_over_time(strategy_of, monkeypatch):
+    """Deltas of 2^-26, which float16 rounds to 0, are sent when they have come to 2^-24."""
+    strategy = strategy_of(2)
+    monkeypatch.setattr(strategy, "compression", "float16")
+    with strategy.scope():
+        w = keras.Variable([0.0])
+        optimizer = tfbm.BlockMomentum(
+            keras.optimizers.SGD(2.0**-26), sync_period=1, block_momentum=0
+        )
+        optimizer.build([w])
+    loop = tfbm.BlockLoop(
+        lambda slope: optimizer.apply([slope / strategy.num_replicas_in_sync], [w]),
+        optimizer,
+        strategy,
+    )
+    slopes = tf.data.Dataset.from_tensors([-1.0, -1.0]).repeat(16).unbatch().batch(2)
+    iterator = iter(strategy.experimental_distribute_dataset(slopes))
+    seen = []
+    for _ in range(16):
+        loop.run(iterator, 1)
+        seen.append(float(replica_values(w)[0][0]) * 2**24)
+    assert seen[0] == 0
+    assert seen[-1] == 4
+    # What is too large for the sum is an error, and leaves the anchor as it was.
+    w.assign([0.0])
+    optimizer.restart_block()
+    huge = tf.data.Dataset.from_tensors([-(2.0**43), 0.0]).unbatch().batch(2)
+    with pytest.raises(FloatingPointError, match="or too large for float16"):
+        loop.run(iter(strategy.experimental_distribute_dataset(huge)), 1)
+    assert float(replica_values(w)[0][0]) == 0

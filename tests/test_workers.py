@@ -206,7 +206,7 @@ def can_isolate():
     not can_isolate(), reason="needs unshare and ip, and leave to make a network namespace"
 )
 @pytest.mark.timeout(300)
-def test_communication_is_one_packed_all_reduce_a_boundary_and_the_metrics(tmp_path):
+def test_communication_is_a_packed_all_reduce_a_boundary_and_the_metrics(tmp_path):
     """Bytes read from a loopback interface of the test's own.
 
     A ring all-reduce of S bytes on P workers sends 2 (P - 1) / P S from each, so 2 S in all
@@ -215,11 +215,18 @@ def test_communication_is_one_packed_all_reduce_a_boundary_and_the_metrics(tmp_p
     launch(tmp_path, 2, "traffic_worker.py", isolated=True)
     for index in range(2):
         saw = json.loads((tmp_path / f"{index}.json").read_text())
-        for sync_period, blocks in ((1, 10), (4, 3), (100, 1)):
-            run = saw[str(sync_period)]
+        for settings, blocks in (
+            ("None 1", 10),
+            ("None 4", 3),
+            ("None 100", 1),
+            ("float16 1", 10),
+        ):
+            run = saw[settings]
             assert run["blocks"] == blocks
-            assert run["collectives"] == ["CollectiveReduceV2:float32"]
+            half = settings.startswith("float16")  # the header travels as float32
+            dtypes = ["float16", "float32"] if half else ["float32"]
+            assert run["collectives"] == [f"CollectiveReduceV2:{dtype}" for dtype in dtypes]
             assert run["weights"] > 1_000_000
-            want = blocks * 2 * run["weights"]
-            assert want <= run["bytes"] <= 1.05 * want + 100_000, (sync_period, run)
+            want = blocks * 2 * run["weights"] * (0.5 if half else 1)
+            assert want <= run["bytes"] <= 1.05 * want + 100_000, (settings, run)
         assert saw["two dtypes"] == ["CollectiveReduceV2:float16", "CollectiveReduceV2:float32"]

@@ -15,7 +15,7 @@ import tf_blockmomentum as tfbm
 
 STEPS = 10
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
-strategy = tfbm.MultiWorkerBlockStrategy()
+strategy = tfbm.MultiWorkerBlockStrategy(compression="float16")
 
 
 def loopback_bytes():
@@ -41,7 +41,8 @@ def collectives(function):
 saw = {}
 x = np.random.default_rng(0).normal(size=[STEPS * 16, 256]).astype("float32")
 data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(16)
-for sync_period in (1, 4, 100):
+for compression, sync_period in (("float16", 1), (None, 1), (None, 4), (None, 100)):
+    strategy.compression = compression
     with strategy.scope():
         model = keras.Sequential(
             [keras.Input([256]), keras.layers.Dense(1024), keras.layers.Dense(1)]
@@ -55,7 +56,7 @@ for sync_period in (1, 4, 100):
     after = loopback_bytes()
     weights = 4 * sum(int(np.prod(w.shape)) for w in model.trainable_variables)
     boundary = blocks._loop._boundary.get_concrete_function(*[tf.constant(False)] * 2)
-    saw[sync_period] = {
+    saw[f"{compression} {sync_period}"] = {
         "bytes": after - before,
         "blocks": optimizer.blocks - blocks_before,
         "weights": weights,

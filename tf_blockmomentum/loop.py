@@ -28,7 +28,7 @@ class BlockLoop:
     """Runs a step function in blocks: K local steps, then the boundary.
 
     The local steps loop in one compiled `tf.function` and do not communicate. The
-    boundary is a second one: a single packed all-reduce per dtype, the outer step,
+    boundary is a second one: an all-reduce of a few packed messages, the outer step,
     and the copy back to the replica. Where a block ends is decided in Python, since
     a collective cannot stand in a graph's loop under `MultiWorkerMirroredStrategy`;
     every worker must therefore call `run` and `flush` alike.
@@ -112,6 +112,13 @@ class BlockLoop:
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
             # Of the block whose deltas were sent last: what `_outgoing` puts into the header.
             self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
+            # What compression has kept back so far.
+            self._residuals: list | None = None
+            if getattr(self._strategy, "compression", None):
+                self._residuals = [
+                    tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="residual")
+                    for v in self._block_momentum.trained_variables
+                ]
 
         def local_step(data):
             with self._block_momentum.local_step():
@@ -271,7 +278,7 @@ class BlockLoop:
     @property
     def variables(self):
         """Its own state besides `position`: each replica's steps in the present block."""
-        return [self._steps, self._sent_counts]
+        return [self._steps, self._sent_counts, *(self._residuals or ())]
 
     def go_on(self, position):
         """Goes on in the middle of a block whose variables have been restored."""
@@ -395,7 +402,8 @@ class BlockLoop:
         what = "; ".join(
             f"replica {r} in variable {getattr(v, 'path', v.name)!r}" for r, v in bad.items()
         )
-        text = f"A delta is not finite (NaN or infinity) in block {optimizer.blocks}: {what}"
+        bad_is = "NaN or infinity" + (", or too large for float16" if self._residuals else "")
+        text = f"A delta is not finite ({bad_is}) in block {optimizer.blocks}: {what}"
         if not self._skip_nonfinite:
             raise FloatingPointError(
                 f'{text}. Received: on_nonfinite="raise". The anchor is finite, made without that '
@@ -465,7 +473,8 @@ class BlockLoop:
         """What was in flight when a backup was written; no data had ended."""
         taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
         tensors = [*self._block_momentum.sent, *self._statistics]
-        tensors = [tf.convert_to_tensor(t) for t in tensors]
+        specs = self._wire_specs[:-1]
+        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, specs, strict=True)]
         header = self._header(tensors, taking_part > 0, False, stopping, steps, first)
         return pack([*tensors, header])
 
@@ -499,6 +508,9 @@ class BlockLoop:
         optimizer = self._block_momentum
         variables = [*optimizer.trained_variables, *self._statistics]
         specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in variables]
+        if self._residuals:
+            weights = len(self._residuals)
+            specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
         size = 4 + self._strategy.num_replicas_in_sync
         size += optimizer.overlap or optimizer.measures_drift
         return [*specs, tf.TensorSpec([size], self._header_dtype(specs))]
@@ -512,7 +524,11 @@ class BlockLoop:
         """What a replica sends at the end of its block: its deltas and statistics, as zeros if
         it is left out; then the header."""
         optimizer = self._block_momentum
-        tensors = [*optimizer.deltas(), *map(tf.convert_to_tensor, self._statistics)]
+        deltas, rests = list(optimizer.deltas()), []
+        if self._residuals:
+            residuals = [tf.convert_to_tensor(r) for r in self._residuals]
+            deltas, rests = self._strategy.compress(deltas, residuals)
+        tensors = [*deltas, *map(tf.convert_to_tensor, self._statistics)]
         steps = tf.convert_to_tensor(self._steps)
         self._steps.assign(tf.zeros_like(self._steps))
         finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
@@ -526,6 +542,8 @@ class BlockLoop:
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
         # Not by multiplying: a replica that is left out may hold anything.
         sent = [tf.where(taking_part, t, tf.zeros_like(t)) for t in tensors]
+        for residual, rest in zip(self._residuals or (), rests, strict=True):
+            residual.assign(tf.where(taking_part, rest, residual))
         if optimizer.overlap:  # statistics that are averaged later count without a step too
             for i in range(len(optimizer.trained_variables), len(tensors)):
                 sent[i] = tf.where(first == 0, tensors[i], tf.zeros_like(tensors[i]))
@@ -550,7 +568,8 @@ class BlockLoop:
     def _header_dtype(self, tensors):
         """One that is on the wire anyway, unless it counts badly."""
         wire = tensors[0].dtype if tensors else tf.float32
-        return tf.float32 if wire == tf.bfloat16 or self._block_momentum.scheduled else wire
+        coarse = wire in (tf.bfloat16, tf.float16) or self._block_momentum.scheduled
+        return tf.float32 if coarse else wire
 
     def _means(self, sums):
         """From the sums over the replicas of what they sent: the means over those averaged; the
@@ -567,8 +586,10 @@ class BlockLoop:
             others = tf.math.reciprocal(tf.maximum(last, 1))
         else:
             last, others = total[-1] * share, share
+        variables = [*self._block_momentum.trained_variables, *self._statistics]
         means = [
-            s * tf.cast(share if i < weights else others, s.dtype) for i, s in enumerate(sums)
+            tf.cast(s, v.dtype) * tf.cast(share if i < weights else others, v.dtype)
+            for i, (s, v) in enumerate(zip(sums, variables, strict=True))
         ]
         return means, status, total[3] * share, last
 

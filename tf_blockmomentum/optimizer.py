@@ -291,7 +291,7 @@ class BlockMomentum(_keras.LocalUpdate):
         """Begins the next block where the outer step to come would lead if all replicas' deltas
         were this one's, which are on their way from now on."""
         for x, delta in zip(self._sent, deltas, strict=True):
-            x.assign(delta)
+            x.assign(tf.cast(delta, x.dtype))
         self._in_flight.assign(True)
         self._reset_inner_state()
         for w, x in zip(self.trained_variables, self._begins(), strict=True):
@@ -511,7 +511,7 @@ class BlockMomentum(_keras.LocalUpdate):
                 w.assign(total / strategy.num_replicas_in_sync)
             self.restart_block()
 
-        tf.function(lambda: strategy.run(replica))()
+        tf.function(lambda: strategy.run(replica), autograph=False)()
 
     def get_config(self):
         """The arguments, the optimizers nested."""

@@ -15,6 +15,11 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 
+# 19 MB in one piece took 51 ms between two workers on loopback and 182 over 1 Gbit/s, in four
+# 40 and 164; in more than sixteen the messages themselves begin to cost.
+_PACK_BYTES, _PACKS = 4 << 20, 16
+_MOST = 60000.0  # that rounding cannot carry past the largest float16
+
 
 def _per_replica_creator(next_creator, **kwargs):
     """Variable creator: what would be mirrored becomes per-replica.
@@ -36,7 +41,34 @@ def _per_replica_creator(next_creator, **kwargs):
 class BlockStrategy(tf.distribute.Strategy):
     """What the two public strategies share (not to be instantiated)."""
 
+    compression: str | None = None  # of deltas on the wire
     _answers_locally = False
+
+    def compress(self, deltas, residuals):
+        """What a replica sends in place of its deltas, in replica context.
+
+        float16 with error feedback: what rounding takes from one block is in the replica's
+        residual, and is sent with the next. A value that is too large for the sum becomes
+        infinite, and so an error. A coarser code (fewer bits, the largest values alone) would
+        go here, with a sum of its own in `sum_packs` where codes do not add up.
+
+        Args:
+            deltas: this replica's, with `residuals` like them.
+
+        Returns:
+            List of float16 tensors, and the list of residuals if they are sent.
+
+        Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient
+        Compression Schemes" (arXiv 1901.09847), Algorithm 2.
+        """
+        most = _MOST / self.num_replicas_in_sync
+        codes, rests = [], []
+        for delta, residual in zip(deltas, residuals, strict=True):
+            wanted = delta + residual
+            bounded = tf.where(tf.abs(wanted) > most, wanted * float("inf"), wanted)
+            codes.append(tf.cast(bounded, tf.float16))
+            rests.append(wanted - tf.cast(codes[-1], wanted.dtype))
+        return codes, rests
 
     @contextlib.contextmanager
     def scope(self):
@@ -124,13 +156,23 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
     Args:
         cluster_resolver: as in TensorFlow; default: `TF_CONFIG`.
         communication_options: as in TensorFlow.
+        compression: "float16" halves what a boundary sends: deltas travel, and are added up,
+            as float16 with error feedback (what rounding takes from one block is sent with
+            the next). Statistics and slots that are averaged travel as they are. Costs one
+            more copy of the weights. Not for weights that move by more than 60000/P in a
+            block: that is reported as not finite. None (the default) sends them as they are.
 
     Raises:
-        ValueError: `TF_CONFIG` is not a usable cluster description.
+        ValueError: `TF_CONFIG` is not a usable cluster description, or another `compression`.
         RuntimeError: TensorFlow has already run an operation in this process.
     """
 
-    def __init__(self, cluster_resolver=None, communication_options=None):
+    def __init__(self, cluster_resolver=None, communication_options=None, compression=None):
+        if compression not in (None, "float16"):
+            raise ValueError(
+                f'`compression` must be None or "float16". Received: compression={compression!r}.'
+            )
+        self.compression = compression
         if cluster_resolver is None:
             _check_tf_config(os.environ.get("TF_CONFIG"))
         heartbeat = os.environ.get("TFBM_HEARTBEAT")
@@ -185,7 +227,7 @@ def worker_of(strategy):
 
 
 def sum_over_replicas(tensors):
-    """Sums each tensor over all replicas, in replica context: one all-reduce per dtype.
+    """Sums each tensor over all replicas, in replica context: a few large messages.
 
     Adds one packed copy of `tensors` to memory while it runs.
 
@@ -199,11 +241,13 @@ def sum_over_replicas(tensors):
 
 
 def pack(tensors):
-    """One flat tensor per dtype, so that a list travels in so many messages and not in one for
-    each. bfloat16, which CPU collectives do not accept, travels as float32."""
+    """Flat tensors of one dtype each and some megabytes, so that a list travels neither in one
+    message for each nor in a single one: with several on their way, one is added up while
+    another is on the link. bfloat16, which CPU collectives do not accept, travels as float32."""
+    flat = [tf.reshape(tf.cast(t, _wire(t)), [-1]) for t in tensors]
     return [
-        tf.concat([tf.reshape(tf.cast(tensors[i], wire), [-1]) for i in members], axis=0)
-        for wire, members in _by_wire(tensors).items()
+        tf.concat([flat[i][begin:end] for i, begin, end in pieces], axis=0)
+        for pieces in _pieces(tensors)
     ]
 
 
@@ -215,21 +259,41 @@ def sum_packs(packs):
 
 def unpack(packs, like):
     """The reverse of `pack`: a list of tensors of the shapes and dtypes of `like`."""
-    tensors = list(like)
-    for flat, members in zip(packs, _by_wire(like).values(), strict=True):
-        parts = tf.split(flat, [like[i].shape.num_elements() for i in members])
-        for i, part in zip(members, parts, strict=True):
-            tensors[i] = tf.cast(tf.reshape(part, like[i].shape), like[i].dtype)
-    return tensors
+    parts: list = [[] for _ in like]
+    for flat, pieces in zip(packs, _pieces(like), strict=True):
+        own = tf.split(flat, [end - begin for _, begin, end in pieces])
+        for (i, _, _), part in zip(pieces, own, strict=True):
+            parts[i].append(part)
+    return [
+        tf.cast(tf.reshape(tf.concat(own, 0) if own else [], t.shape), t.dtype)
+        for own, t in zip(parts, like, strict=True)
+    ]
 
 
-def _by_wire(tensors):
-    """Which tensors travel as which dtype."""
+def _pieces(tensors):
+    """For each pack, what it holds: number of the tensor, and from which element to which."""
     members: dict = {}
     for i, tensor in enumerate(tensors):
-        wire = tf.float32 if tensor.dtype == tf.bfloat16 else tensor.dtype
-        members.setdefault(wire, []).append(i)
-    return members
+        members.setdefault(_wire(tensor), []).append(i)
+    packs: list = []
+    for wire, those in members.items():
+        whole = sum(tensors[i].shape.num_elements() for i in those)
+        size, room = max(_PACK_BYTES // wire.size, -(-whole // _PACKS)), 0
+        for i in those:
+            begin, count = 0, tensors[i].shape.num_elements()
+            while begin < count:
+                if not room:
+                    packs.append([])
+                    room = size
+                end = min(count, begin + room)
+                packs[-1].append((i, begin, end))
+                begin, room = end, room - (end - begin)
+    return packs
+
+
+def _wire(tensor):
+    dtype = tf.as_dtype(tensor.dtype)
+    return tf.float32 if dtype == tf.bfloat16 else dtype
 
 
 def _no_device_buffer():
