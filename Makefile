@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick chaos lint format
-.PHONY: clean
+.PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick bench-peers
+.PHONY: chaos lint format clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
@@ -30,11 +30,21 @@ evidence-quick: $(VENV)/installed-examples
 	$(BIN)/python benchmarks/evidence.py --quick $(ARGS)
 
 # Speed over links of several speeds (between network namespaces, as root), into runs/bench.
-bench: $(VENV)/installed-bench
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+# DEVICE=gpu: one GPU for each worker. Peers that need more come with `make bench-peers`.
+DEVICE ?= cpu
+PEERS := $(wildcard .venv-peers/bin/python)
 
-bench-quick: $(VENV)/installed-bench
-	$(BIN)/python benchmarks/speed.py --quick $(ARGS)
+bench: $(VENV)/installed-bench
+	$(BIN)/python benchmarks/speed.py --device $(DEVICE) $(PEERS:%=--peers-python %) $(ARGS)
+
+bench-quick: ARGS += --quick
+bench-quick: bench
+
+# What benchmarks/peers compare with, in an environment of their own (PyTorch: gigabytes).
+bench-peers:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r benchmarks/peers/requirements.txt
 
 # Twenty random kills over a small job; some minutes.
 chaos: $(VENV)/installed-examples

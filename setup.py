@@ -15,7 +15,6 @@ TUNER = [
     "matplotlib>=3.8",  # the heat map
 ]
 BENCH = [
-    "matplotlib>=3.8",  # the curves
     "tf_keras>=2.20",  # Keras 2, a contender
 ]
 DEV = [
@@ -43,7 +42,7 @@ setup(
     extras_require={
         "examples": EXAMPLES,
         "tuner": TUNER,
-        "bench": BENCH,
+        "bench": EXAMPLES + BENCH,
         "dev": DEV,
         "all": EXAMPLES + TUNER + DEV,
     },

@@ -28,7 +28,8 @@ RATES = {"mlp": 0.2, "cnn": 0.1, "resnet": 0.1}
 SAMPLES = {"mlp": 40960, "cnn": 20480, "resnet": 24576}  # multiples of 32 * 16 * 4
 FIELDS = (
     "study", "task", "method", "replicas", "sync_period", "block_momentum", "rate", "inner",
-    "inner_state", "shards", "overlap", "seed", "boundaries", "samples", "loss", "accuracy",
+    "inner_state", "shards", "overlap", "compression", "seed", "boundaries", "samples",
+    "loss", "accuracy",
 )  # fmt: skip
 # One row a run; the last three are curves, a number for each evaluation.
 
@@ -37,11 +38,11 @@ FIELDS = (
 
 
 def settings(quick):
-    """All runs: dicts of FIELDS' first eleven, and `seeds`. What shares a process is together."""
+    """All runs: dicts of FIELDS' first twelve, and `seeds`. What shares a process is together."""
     seeds = range(2 if quick else 5)
     few = range(2 if quick else 3)
     base = {"replicas": 4, "block_momentum": 0.0, "inner": "sgd", "inner_state": "keep"}
-    base |= {"shards": "alike", "overlap": "no"}
+    base |= {"shards": "alike", "overlap": "no", "compression": "no"}
     for task in ("mlp",) if quick else ("mlp", "cnn", "resnet"):
         periods, momenta = PERIODS, MOMENTA
         factors = {"mlp": (1, 2, 4), "cnn": (1, 2), "resnet": (1,)}[task]
@@ -94,16 +95,19 @@ def settings(quick):
         own = {"shards": "by class", "block_momentum": beta, "sync_period": k, "method": method}
         yield {**common, **own}
 
-    common = {**base, "study": "overlap", "overlap": "yes"}
-    for task in ("mlp",) if quick else ("mlp", "cnn"):
-        for beta, k in itertools.product((0.0, 0.7) if quick else (0.0, 0.5, 0.7, 0.9), (8, 32)):
-            own = {"task": task, "rate": RATES[task], "block_momentum": beta, "sync_period": k}
-            yield {**common, **own, "method": "M-AVG" if beta else "K-AVG", "seeds": seeds}
+    for study, value in (("overlap", "yes"), ("compression", "float16")):
+        common = {**base, "study": study, study: value, "seeds": seeds}
+        for task in ("mlp",) if quick else ("mlp", "cnn"):
+            betas = (0.7,) if quick else (0.0, 0.5, 0.7, 0.9)
+            for beta, k in itertools.product(betas, (8, 32)):
+                own = {"task": task, "rate": RATES[task], "block_momentum": beta, "sync_period": k}
+                yield {**common, **own, "method": "M-AVG" if beta else "K-AVG"}
 
 
 def key(setting):
     """What has to be compiled anew: K and the learning rate can be set."""
-    names = ("task", "replicas", "block_momentum", "inner", "inner_state", "overlap")
+    names = ("task", "replicas", "block_momentum", "inner", "inner_state", "overlap",
+             "compression")  # fmt: skip
     return (*(setting[n] for n in names), setting["method"].startswith("EA"))
 
 
@@ -146,6 +150,8 @@ class Trainer:
         self.train, self.test = data(self.task)
         self.alone = network(self.task)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        compression = setting["compression"]
+        strategy.compression = None if compression == "no" else compression
         with strategy.scope():
             model = network(self.task)
             inner = inner_optimizer(setting["inner"])
@@ -210,8 +216,8 @@ class Trainer:
         iterator = iter(self.strategy.experimental_distribute_dataset(indices))
         samples, losses, accuracies = [], [], []
         every = max(EVALUATE * 4 // replicas, setting["sync_period"])
-        if setting["overlap"] == "yes":  # an evaluation lands what is in flight
-            every = steps
+        if setting["study"] in ("overlap", "compression"):
+            every = steps  # an evaluation lands what is in flight
         for done in range(0, steps, every):
             samples.append(min(done + every, steps) * per_step)
             try:
@@ -227,7 +233,7 @@ class Trainer:
             losses.append(f"{float(loss):.5g}")
             accuracies.append(f"{float(accuracy):.4f}")
         return {
-            **{name: setting[name] for name in FIELDS[:11]},
+            **{name: setting[name] for name in FIELDS[:12]},
             "seed": seed,
             "boundaries": optimizer.blocks,
             "samples": " ".join(map(str, samples)),
@@ -376,7 +382,8 @@ def record(path, options):
             print(f"{n} of {len(futures)} parts, {minutes:.1f} minutes", flush=True)
     if options.study:
         with path.open(newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row["study"] != options.study]
+            others = [row for row in csv.DictReader(file) if row["study"] != options.study]
+            rows += [{"compression": "no", **row} for row in others]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()

@@ -101,7 +101,18 @@ def write(records, folder, quick):
         *acceleration(studies["acceleration"], folder),
         *scaling(studies["scaling"], folder),
         *inner_state(studies["inner state"]),
-        *overlapping(studies["overlap"], studies["acceleration"]),
+        *prices(
+            studies["overlap"],
+            studies["acceleration"],
+            "Overlap",
+            "`overlap=True`, whose outer step comes one block late",
+        ),
+        *prices(
+            studies["compression"],
+            studies["acceleration"],
+            "Compression",
+            'deltas that travel as float16 with error feedback (`compression="float16"`)',
+        ),
         *limits(studies["divergence"], studies["acceleration"], studies["shards"], folder),
     ]
     (folder / "evidence.md").write_text("\n\n".join(parts) + "\n")
@@ -306,13 +317,14 @@ def inner_state(runs):
     yield table(["inner optimizer", "beta", *states], rows)
 
 
-def overlapping(runs, accelerating):
-    """The price of `overlap`."""
-    yield "## Overlap"
+def prices(runs, accelerating, title, text):
+    """The price of a setting of M-AVG: beside the same runs without it."""
+    yield f"## {title}"
     yield (
         f"P={runs[0].replicas}, {len({r.seed for r in runs})} seeds: final training loss and test "
-        "accuracy with `overlap=True`, whose outer step comes one block late, beside the same "
-        "settings without. Evaluated at the end only, since that lands what is in flight."
+        f"accuracy with {text}, beside the same settings without. Evaluated at the end only, "
+        "since that lands what is in flight. *s* is the standard deviation over seeds of the log "
+        "loss without, *change* the mean difference of log losses in units of it."
     )
     without = grouped(accelerating, lambda run: run.setting)
     rows = []
@@ -321,12 +333,14 @@ def overlapping(runs, accelerating):
         same = [r for r in without[task, method, rate, k, beta] if r.seed < len(group)]
         logs = [np.log(a.loss) - np.log(b.loss) for a, b in zip(group, same, strict=True)]
         p = stats.ttest_1samp(logs, 0).pvalue if len(logs) > 1 else math.nan
+        s = np.std([np.log(r.loss) for r in same], ddof=1)
         rows.append([
             task, k, f"{beta:g}",
             mean_cell([r.loss for r in group]), mean_cell([r.loss for r in same]),
-            f"{p:.3f}", mean_cell([r.accuracy for r in group]), difference(group, same),
+            f"{np.mean(logs) / s:+.2f} s", f"{p:.3f}",
+            mean_cell([r.accuracy for r in group]), difference(group, same),
         ])  # fmt: skip
-    titles = ["task", "K", "beta", "loss, overlap", "loss without", "p", "accuracy, overlap",
+    titles = ["task", "K", "beta", "loss", "loss without", "change", "p", "accuracy",
               "difference"]  # fmt: skip
     yield table(titles, rows)
 

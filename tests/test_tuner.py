@@ -308,6 +308,9 @@ def test_cost_model_by_hand():
     assert cost.step(8, 4) == pytest.approx(0.01 + 0.406 / 8)
     assert cost.throughput(32, 8, 4) == pytest.approx(32 * 4 / cost.step(8, 4))
     assert cost.boundary(1) == 0.1  # nobody to talk to
+    # With overlap, what the 8 or 64 steps leave of the 0.306 s of messages.
+    assert cost.block(8, 4, overlap=True) == pytest.approx(0.1 + 0.306)
+    assert cost.block(64, 4, overlap=True) == pytest.approx(0.1 + 0.64)
     assert parse_bandwidth("100mbit") == parse_bandwidth("100 Mbit/s") == 12.5e6
     assert parse_bandwidth("0.5kbps".replace("bps", "bit")) == 62.5
 

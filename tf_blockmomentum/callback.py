@@ -26,8 +26,8 @@ class BlockTraining(keras.callbacks.Callback):
     BatchNormalization's moving statistics are averaged at every boundary. Replicas
     draw different dropout masks.
 
-    Communication: one packed all-reduce per dtype at a boundary, and the metrics
-    at the end of an epoch. The logs of a batch (the progress bar's) are this
+    Communication: one all-reduce at a boundary, in a few packed messages, and the
+    metrics at the end of an epoch. The logs of a batch (the progress bar's) are this
     worker's own; the logs of an epoch are those of all examples of all workers.
     A worker that sets `model.stop_training` during an epoch stops all workers at the
     next boundary, and then they end the epoch together. After every callback has seen

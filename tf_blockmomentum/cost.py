@@ -17,6 +17,9 @@ class CostModel:
     $$t_{step} + \frac1K \left(t_0 + \frac{2(P-1)}{P}\,\frac{bytes}{bandwidth}
     + 2(P-1)\,latency\right)$$
 
+    With `overlap` the messages travel while the next $K$ steps compute, and a block takes
+    $t_0$ and the longer of the two.
+
     Every number that comes out is a prediction; it leaves out stragglers, and a
     transport that is slower than its link (measure that one, and pass its speed).
 
@@ -25,7 +28,8 @@ class CostModel:
         model_bytes: bytes a boundary averages: the trainable weights and statistics.
         bandwidth: bytes per second a worker sends, as `parse_bandwidth` returns.
         latency: seconds a message takes however short it is.
-        boundary_seconds: $t_0$, seconds of a boundary apart from its messages.
+        boundary_seconds: $t_0$, seconds of a boundary apart from its messages: passes over
+            memory, and the processor's share of the transport.
 
     Source: the ring's cost is Patarasuk and Yuan, "Bandwidth optimal all-reduce
     algorithms for clusters of workstations" (JPDC 2009), section 3.
@@ -44,19 +48,27 @@ class CostModel:
     latency: float = 0.0
     boundary_seconds: float = 0.0
 
-    def boundary(self, replicas):
-        """Seconds of one boundary among `replicas` workers."""
+    def messages(self, replicas):
+        """Seconds that the messages of one boundary take among `replicas` workers."""
         hops = 2 * (replicas - 1)
-        transfer = hops / replicas * self.model_bytes / self.bandwidth
-        return self.boundary_seconds + transfer + hops * self.latency
+        return hops / replicas * self.model_bytes / self.bandwidth + hops * self.latency
 
-    def step(self, sync_period, replicas):
+    def boundary(self, replicas):
+        """Seconds of one boundary, if nothing else goes on meanwhile."""
+        return self.boundary_seconds + self.messages(replicas)
+
+    def block(self, sync_period, replicas, overlap=False):
+        """Seconds of one block and its boundary."""
+        steps, messages = sync_period * self.step_seconds, self.messages(replicas)
+        return self.boundary_seconds + (max(steps, messages) if overlap else steps + messages)
+
+    def step(self, sync_period, replicas, overlap=False):
         """Seconds of one step, its share of the boundary included."""
-        return self.step_seconds + self.boundary(replicas) / sync_period
+        return self.block(sync_period, replicas, overlap) / sync_period
 
-    def throughput(self, batch, sync_period, replicas):
+    def throughput(self, batch, sync_period, replicas, overlap=False):
         """Examples per second of all replicas together, each with `batch` a step."""
-        return batch * replicas / self.step(sync_period, replicas)
+        return batch * replicas / self.step(sync_period, replicas, overlap)
 
 
 def parse_bandwidth(text):

@@ -161,6 +161,7 @@ class TrialTraining(BlockTraining):
             loop._boundary = self._boundaries.of(
                 loop._boundary, lambda status: loop._first(status) is not None
             )
+            loop._send_block = self._boundaries.of(loop._send_block, lambda _: 1)  # overlap
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
@@ -197,14 +198,17 @@ class TrialTraining(BlockTraining):
         logs[MEASURED] = steps * step + blocks * boundary
         goal = self.objective
         if isinstance(goal, TimeToTarget) and goal.bandwidth is not None:
-            weights = [*self.model.trainable_variables, *_keras.statistics(self.model)]
+            strategy, averaged = self.model.distribute_strategy, _keras.statistics(self.model)
+            compression = getattr(strategy, "compression", None)
             cost = CostModel(
                 goal.step_seconds or step,
-                sum(math.prod(w.shape) * _bytes_on_the_wire(w.dtype) for w in weights),
+                _bytes_on_the_wire(self.model.trainable_variables, compression)
+                + _bytes_on_the_wire(averaged),
                 goal.bandwidth,
             )
-            replicas = self.model.distribute_strategy.num_replicas_in_sync
-            logs[PREDICTED] = steps * cost.step_seconds + blocks * cost.boundary(replicas)
+            replicas = strategy.num_replicas_in_sync
+            period = steps / max(blocks, 1)
+            logs[PREDICTED] = blocks * cost.block(period, replicas, optimizer.overlap)
 
 
 class StopAtTarget(keras.callbacks.Callback):
@@ -220,8 +224,10 @@ class StopAtTarget(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def _bytes_on_the_wire(dtype):
-    return 4 if dtype == "bfloat16" else tf.as_dtype(dtype).size  # see sum_over_replicas
+def _bytes_on_the_wire(variables, compression=None):
+    dtypes = (compression or ("float32" if v.dtype == "bfloat16" else v.dtype) for v in variables)
+    sizes = (math.prod(v.shape) for v in variables)
+    return sum(n * tf.as_dtype(d).size for n, d in zip(sizes, dtypes, strict=True))  # see `pack`
 
 
 class _Durations:

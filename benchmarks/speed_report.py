@@ -1,0 +1,352 @@
+"""Tables and plots of what speed.py recorded, and the cost model fitted to it."""
+
+import csv
+import dataclasses
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from speed import BATCHES
+
+from tf_blockmomentum.cost import CostModel, parse_bandwidth
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+NUMBERS = ("workers", "k", "steps", "step_seconds", "wire_bytes", "model_bytes", "memory",
+           "target_steps")  # fmt: skip
+
+
+@dataclass
+class Row:
+    """What was recorded of one contender; None where it was not."""
+
+    model: str
+    workers: int
+    link: str
+    family: str
+    method: str
+    k: int
+    steps: int
+    step_seconds: float
+    wire_bytes: float
+    model_bytes: float
+    memory: float
+    target_steps: float
+
+    @property
+    def overlap(self):
+        return "overlap" in self.method
+
+    @property
+    def compressed(self):
+        return "float16" in self.method
+
+
+class Place:
+    """All rows of one model on so many workers over one link."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.model, self.workers, self.link = rows[0].model, rows[0].workers, rows[0].link
+        self.bare = next(r.step_seconds for r in rows if r.method == "all_reduce alone")
+        self.one = next(r.step_seconds for r in rows if r.method == "all_reduce of one number")
+        self._alone = {(r.family, r.steps): r.step_seconds
+                       for r in rows if r.method == "no communication"}  # fmt: skip
+
+    def alone(self, row):
+        """Seconds of a step without communication in the same framework; of ours, with as many
+        steps at each execution, or the most."""
+        most = max((s or 0 for family, s in self._alone if family == row.family), default=0)
+        exact = self._alone.get((row.family, row.steps))
+        return exact or self._alone.get((row.family, most or None))
+
+    def share(self, row):
+        """Of the speed without communication."""
+        return self.alone(row) / row.step_seconds if self.alone(row) else None
+
+    def boundary(self, row):
+        """Seconds that a block takes longer than its steps."""
+        return (row.step_seconds - self.alone(row)) * row.k
+
+    def throughput(self, row):
+        return BATCHES[self.model] * self.workers / row.step_seconds
+
+    @property
+    def contenders(self):
+        return [r for r in self.rows if not r.method.startswith("all_reduce") and r.step_seconds]
+
+
+def write(folder):
+    """Writes `speed.md` and plots beside `speed.csv`."""
+    with (folder / "speed.csv").open(newline="") as file:
+        rows = [
+            Row(**{n: (float(v) if n in NUMBERS else v) if v else None for n, v in row.items()})
+            for row in csv.DictReader(file)
+        ]
+    for row in rows:
+        row.k = int(row.k or 0)
+        row.workers = int(row.workers)
+    groups = defaultdict(list)
+    for row in rows:
+        if row.link and row.step_seconds and row.model in BATCHES and row.workers > 1:
+            groups[row.model, row.workers, row.link].append(row)
+    places = [Place(g) for g in groups.values() if any(r.method == "all_reduce alone" for r in g)]
+    targets = {(r.method, r.k): r.target_steps for r in rows if r.target_steps}
+    text = [*alone(rows), *memory(rows)]
+    for place in places:
+        text += table_of(place)
+    if places:
+        text += cost_model(places, folder)
+        plot(places, folder)
+    if targets:
+        text += time_to_target(places, targets, folder)
+    (folder / "speed.md").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text))
+    return 0 if rows else 1
+
+
+def table(titles, rows):
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def alone(rows):
+    """One worker beside Keras's own fit."""
+    mine = [r for r in rows if r.workers == 1 and r.step_seconds]
+    if not mine:
+        return
+    yield "## One worker"
+    cells = []
+    for row in mine:
+        (keras,) = (
+            r.step_seconds
+            for r in mine
+            if (r.model, r.steps) == (row.model, row.steps) and "fit" in r.method
+        )
+        cells.append([
+            row.model, int(row.steps), row.method, f"{keras / row.step_seconds:.3f}",
+            f"{1000 * row.step_seconds:.3f}", f"{1000 * (row.step_seconds - keras):+.3f}",
+        ])  # fmt: skip
+    titles = ["model", "steps_per_execution", "method", "speed / Keras's", "ms a step",
+              "ms more than Keras"]  # fmt: skip
+    yield table(titles, cells)
+
+
+def memory(rows):
+    """Peaks of two sizes of a model: the difference is copies of the weights."""
+    mine = defaultdict(list)
+    for row in rows:
+        if row.memory:
+            mine[row.method].append(row)
+    if not mine:
+        return
+    yield "## Memory"
+    copies = {
+        method: (large.memory - small.memory) / (large.model_bytes - small.model_bytes)
+        for method, (small, large) in mine.items()
+    }
+    sizes = " and ".join(f"{r.model_bytes / 1e6:.0f}" for r in next(iter(mine.values())))
+    yield (
+        f"The most that a worker's process ever had, for MLPs of {sizes} MB. *Copies*: what the "
+        "larger one had more, over what its weights have more."
+    )
+    plain = next(iter(copies.values()))
+    cells = [
+        [method, *(f"{r.memory / 1e6:.0f}" for r in mine[method]), f"{n:.1f}", f"{n - plain:+.1f}"]
+        for method, n in copies.items()
+    ]
+    yield table(["method", "smaller, MB", "larger, MB", "copies", "more than Keras's"], cells)
+
+
+def table_of(place):
+    """One table, ratios first."""
+    sent = 2 * (place.workers - 1) / place.workers
+    yield f"## {place.model}, {place.workers} workers, {place.link}"
+    size = next(r.model_bytes for r in place.rows if r.model_bytes)
+    yield (
+        f"{size / 1e6:.1f} MB are averaged; one all_reduce of as many takes "
+        f"{1000 * place.bare:.0f} ms."
+    )
+    cells = []
+    for row in place.contenders:
+        share = place.share(row)
+        blocks = row.method.startswith("blocks")
+        wire = row.wire_bytes if blocks and place.link != "loopback" else None
+        cells.append([
+            row.method if row.family == "ours" else f"{row.family}: {row.method}", row.k or "",
+            f"{share:.2f}" if share else "", f"{place.throughput(row):.0f}",
+            f"{1000 * row.step_seconds:.1f}",
+            f"{place.boundary(row) / place.bare:.2f}" if blocks else "",
+            f"{wire / (sent * row.model_bytes):.3f}" if wire else "",
+        ])  # fmt: skip
+    titles = ["method", "K", "share of no communication", "examples/s", "ms a step",
+              "boundary / all_reduce", "bytes / (2 (P - 1) / P weights)"]  # fmt: skip
+    yield table(titles, cells)
+
+
+# -- the cost model -------------------------------------------------------------------------------
+
+
+def fitted(places):
+    """A CostModel for each link, fitted to the blocks without overlap or compression of one model
+    on one number of workers: t_0, and how much longer the messages take than their bytes at the
+    link's rate. Loopback has no rate, so what it takes is all t_0's.
+    """
+    lines, values, costs = [], [], {}
+    for place in places:
+        size = next(r.model_bytes for r in place.rows if r.model_bytes)
+        row = next(r for r in place.rows if r.method == "no communication")
+        costs[place.link] = CostModel(
+            step_seconds=place.alone(row),
+            model_bytes=size,
+            bandwidth=float("inf") if place.link == "loopback" else parse_bandwidth(place.link),
+            latency=place.one / (2 * (place.workers - 1)),
+        )
+        cost = costs[place.link]
+        hops = 2 * (place.workers - 1) * cost.latency
+        for row in place.rows:
+            if row.method == "blocks":
+                block = row.k * row.step_seconds  # errors are relative to it
+                lines.append([1 / block, (cost.messages(place.workers) - hops) / block])
+                values.append((place.boundary(row) - hops) / block)
+    lines = np.array(lines)
+    (own, slower), *_ = np.linalg.lstsq(lines, np.array(values))
+    if min(own, slower) <= 0:  # one of the two explains nothing
+        keep = 0 if own > slower else 1
+        best = lines[:, keep] @ values / (lines[:, keep] @ lines[:, keep])
+        own, slower = (best, 1.0) if keep == 0 else (0.0, best)
+    return own, slower, {
+        link: dataclasses.replace(c, boundary_seconds=own, bandwidth=c.bandwidth / slower)
+        for link, c in costs.items()
+    }  # fmt: skip
+
+
+def predicted(cost, row, alone):
+    """Seconds of a step as the model has it."""
+    cost = dataclasses.replace(
+        cost, step_seconds=alone, model_bytes=cost.model_bytes * (0.5 if row.compressed else 1)
+    )
+    return cost.step(row.k, row.workers, row.overlap)
+
+
+def cost_model(places, folder):
+    """The fit, its error, and what it says of more workers."""
+    yield "## The cost model"
+    yield (
+        "`tf_blockmomentum.cost.CostModel`, fitted for each model and number of workers to the "
+        "rows called *blocks* on all links: seconds of a boundary apart from its messages, and "
+        "the link's speed as TensorFlow uses it. The errors are those of predicted step times; "
+        "the last three columns' rows had no part in the fit."
+    )
+    groups, cells, shown = defaultdict(list), [], None
+    for place in places:
+        groups[place.model, place.workers].append(place)
+    for (model, workers), those in groups.items():
+        own, slower, costs = fitted(those)
+        errors = defaultdict(list)
+        for place in those:
+            for row in place.rows:
+                if row.method.startswith("blocks"):
+                    guess = predicted(costs[place.link], row, place.alone(row))
+                    errors[row.method].append(abs(guess / row.step_seconds - 1))
+        cells.append([
+            model, workers, f"{1000 * own:.0f} ms", f"{1 / slower:.2f} of its rate",
+            *(f"{statistics.median(e):.0%} (at most {max(e):.0%})" for e in errors.values()),
+        ])  # fmt: skip
+        titles = ["model", "workers", "boundary without messages", "link", *errors]
+        shown = shown or (model, costs)
+    yield table(titles, cells)
+    model, costs = shown
+    links = [link for link in costs if link != "loopback"]
+    if not links:
+        return
+    yield (
+        f"**A prediction, not a measurement**: the share of the speed without communication that "
+        f"the model fitted to {model} gives for more workers (a ring; no stragglers; processor "
+        f"time as with the workers measured)."
+    )
+    counts, cells = (8, 64, 256, 1024), []
+    for link in links:
+        for overlap in (False, True):
+            for k in (8, 32):
+                shares = [
+                    k * costs[link].step_seconds / costs[link].block(k, n, overlap) for n in counts
+                ]
+                cells.append(
+                    [link, k, "overlap" if overlap else "", *(f"{s:.2f}" for s in shares)]
+                )
+    yield table(["link", "K", "", *(f"P={n}" for n in counts)], cells)
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def plot(places, folder):
+    """Throughput and share over K, a column for each link; a picture for each model and P."""
+    groups = defaultdict(list)
+    for place in places:
+        groups[place.model, place.workers].append(place)
+    for (model, workers), those in groups.items():
+        figure, axes = pyplot.subplots(
+            2, len(those), figsize=(4.2 * len(those), 7), squeeze=False, sharey="row",
+            sharex=True, layout="constrained",
+        )  # fmt: skip
+        for column, place in zip(axes.T, those, strict=True):
+            lines = defaultdict(list)
+            for row in place.contenders:
+                if row.k:
+                    lines[row.family, row.method].append(row)
+            for (family, method), rows in lines.items():
+                label = method if family == "ours" else f"{family}: {method}"
+                style = {"marker": "o", "markersize": 4, "label": label}
+                style["linestyle"] = "-" if family == "ours" else "--"
+                k = [row.k for row in rows]
+                column[0].plot(k, [place.throughput(row) for row in rows], **style)
+                if all(place.share(row) for row in rows):
+                    column[1].plot(k, [place.share(row) for row in rows], **style)
+            column[0].set_title(f"{place.link}")
+            column[1].set_xscale("log", base=2)
+            column[1].set_ylim(0, 1.05)
+            column[1].set_xlabel("sync_period (K)")
+        axes[0, 0].set_ylabel("examples/s of all workers")
+        axes[1, 0].set_ylabel("share of no communication")
+        axes[0, 0].legend(fontsize=7)
+        figure.suptitle(f"{model}, {workers} workers")
+        figure.savefig(folder / f"speed_{model}_{workers}.png", dpi=100)
+        pyplot.close(figure)
+
+
+def time_to_target(places, targets, folder):
+    """Steps to the target, which no link changes, times each link's seconds."""
+    yield "## Seconds to a training loss"
+    those = [p for p in places if (p.model, p.workers) == ("mlp", 2)]
+    yield (
+        "Steps that the MLP took, trained once with each method on loopback from the same start "
+        "at the same learning rate, times the seconds of a step measured on each link."
+    )
+    cells, bars = [], {}
+    for (method, k), steps in targets.items():
+        seconds = [
+            next((steps * r.step_seconds for r in p.rows
+                  if (r.family, r.method, r.k) == ("ours", method, k)), None)
+            for p in those
+        ]  # fmt: skip
+        cells.append([method, k, int(steps), *(f"{s:.1f}" if s else "" for s in seconds)])
+        bars[method, k] = seconds
+    yield table(["method", "K", "steps", *(f"{p.link}, s" for p in those)], cells)
+    figure, axes = pyplot.subplots(
+        1, len(those), figsize=(4 * len(those), 5), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    names = [f"{method}, K={k}" for method, k in bars]
+    for i, (axis, place) in enumerate(zip(axes[0], those, strict=True)):
+        axis.barh(names, [seconds[i] or 0 for seconds in bars.values()])
+        axis.set_title(place.link)
+        axis.set_xlabel("seconds to the loss")
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].tick_params(axis="y", labelsize=7)
+    figure.savefig(folder / "speed_target.png", dpi=100)
+    pyplot.close(figure)
