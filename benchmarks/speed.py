@@ -77,8 +77,7 @@ def network(name):
 
 
 def compile_model(strategy, name, k, overlap=False, compression=None, sync=False, rate=0.001):
-    """A model of one contender. Those of short blocks take some at each execution, so that the
-    Python of `fit` weighs alike on all."""
+    """A model of one contender, and a batch for it."""
     import keras
 
     import tf_blockmomentum as tfbm
@@ -125,42 +124,49 @@ def repeated(strategy, x, y):
 def work_blocks(options):
     """Step seconds of every method and K, `rounds` times in turn, and of a bare all-reduce."""
     import keras
+    import tensorflow as tf
 
     import tf_blockmomentum as tfbm
 
     strategy = tfbm.MultiWorkerBlockStrategy()
     keras.utils.set_random_seed(0)
-    contenders = {}
-    steps = sorted({max(k, 8) for k in options.periods})
-    for name, k, settings in (
-        *(("no communication", n, {}) for n in steps),
-        ("synchronous fit", 1, {"sync": True}),
-        *(
-            (method, k, {"overlap": overlap, "compression": compression})
-            for k, (method, overlap, compression) in itertools.product(options.periods, FORMS)
-            if k > 1 or not overlap
-        ),
+    models, contenders = {}, {}
+    for form, settings in (
+        ("synchronous fit", {"sync": True}),
+        *((name, {"overlap": o, "compression": c}) for name, o, c in FORMS),
     ):
-        model, x, y = compile_model(strategy, options.model, k, **settings)
-        if name == "no communication":
-            model.optimizer.sync_period = NO_SYNC
+        model, x, y = compile_model(strategy, options.model, 1, **settings)
         blocks = [] if settings.get("sync") else [tfbm.BlockTraining(options.jit)]
-        contenders[name, k] = model, blocks, settings.get("compression"), clock()
+        models[form] = model, blocks, settings.get("compression"), clock()
+    # K is not compiled, so that all K share a model. Short blocks take some at each execution:
+    # the Python of `fit` weighs alike on all.
+    contenders["synchronous fit", 1] = "synchronous fit", 1, 1
+    for k in options.periods:
+        contenders["no communication", max(k, 8)] = "blocks", NO_SYNC, max(k, 8)
+        for form, overlap, _ in FORMS:
+            if k > 1 or not overlap:
+                contenders[form, k] = form, k, max(k, 8)
     data = repeated(strategy, x, y)
     results: dict = {key: [] for key in contenders}
     bare, one, wire = [], [], {}
     for n in range(options.rounds + 1):  # the first one compiles
-        for key, (model, blocks, strategy.compression, timed) in contenders.items():
-            sent, before = bytes_sent(), blocks_of(model)
-            each = int(model.steps_per_execution)
+        for key, (form, k, each) in contenders.items():
+            model, blocks, strategy.compression, timed = models[form]
+            if blocks:
+                model.optimizer.sync_period = k
+            model.steps_per_execution = each
             executions = 24 if each == 1 else 4 if options.slow else max(5, 64 // each)
+            if n == 0:
+                executions = 2
+            sent, before = bytes_sent(), blocks_of(model)
             model.fit(
                 data, steps_per_epoch=executions * each, verbose=0, callbacks=[*blocks, timed]
             )
             if n:
                 # The last block also lands what is in flight: the end of an epoch.
                 spans = [b - a for a, b in itertools.pairwise(timed.ends[:-1])]
-                results[key].append(statistics.median(spans) / each)
+                seconds = tf.constant(statistics.median(spans) / each)
+                results[key].append(float(strategy.mean_over_workers(seconds)))
                 if blocks_of(model) > before:
                     wire[key] = (bytes_sent() - sent) / (blocks_of(model) - before)
         if n:
@@ -173,7 +179,7 @@ def work_blocks(options):
     for (method, k), seconds in results.items():
         row = {"method": method, "k": k, "step_seconds": statistics.median(seconds)}
         yield {**row, "wire_bytes": wire.get((method, k)), "model_bytes": size,
-               "steps": int(contenders[method, k][0].steps_per_execution)}  # fmt: skip
+               "steps": contenders[method, k][2]}  # fmt: skip
     yield {"method": "all_reduce alone", "step_seconds": statistics.median(bare)}
     yield {"method": "all_reduce of one number", "step_seconds": statistics.median(one)}
 
