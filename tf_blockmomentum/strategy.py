@@ -59,7 +59,7 @@ class BlockStrategy(tf.distribute.Strategy):
             List of float16 tensors, and the list of residuals if they are sent.
 
         Source: Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient
-        Compression Schemes" (arXiv 1901.09847), Algorithm 2.
+        Compression Schemes" (arXiv 1901.09847), EF-SGD.
         """
         most = _MOST / self.num_replicas_in_sync
         codes, rests = [], []
