@@ -91,6 +91,11 @@ def test_what_overlap_cannot_do(given):
     assert f"{next(iter(given))}=" in str(e.value).partition("Received")[2]
 
 
+def test_compression_that_is_not_known():
+    with pytest.raises(ValueError, match=r'None or "float16"\. Received: compression=.int8'):
+        tfbm.MultiWorkerBlockStrategy(compression="int8")
+
+
 def test_outer_optimizers_that_cannot_be():
     with pytest.raises(TypeError, match=r"Received: outer_optimizer=0.1"):
         tfbm.BlockMomentum(SGD(), outer_optimizer=0.1)

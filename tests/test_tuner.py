@@ -263,9 +263,12 @@ def test_time_to_target_orders_trials():
     assert not loss.has_value({"val_loss": 0.4})
 
 
-def test_predicted_seconds_are_the_cost_models(tmp_path, strategy_of):
+@pytest.mark.parametrize("overlap", [False, True])
+def test_predicted_seconds_are_the_cost_models(tmp_path, monkeypatch, strategy_of, overlap):
     """K=4, two replicas, 12 batches of an epoch: 12 steps and 3 boundaries an epoch."""
-    hypermodel = tfbm.tuner.BlockMomentumHyperModel(build, (4, 4), (0.0, 0.0))
+    if overlap:
+        monkeypatch.setattr(strategy_of(2), "compression", "float16")
+    hypermodel = tfbm.tuner.BlockMomentumHyperModel(build, (4, 4), (0.0, 0.0), overlap=overlap)
     goal = tfbm.tuner.time_to_target("loss", 1e-9, bandwidth="1kbit", step_seconds=2.0)
     x, y = examples(192)
     tuner = kt.RandomSearch(
@@ -280,6 +283,8 @@ def test_predicted_seconds_are_the_cost_models(tmp_path, strategy_of):
     # 21 float32 weights; a ring of two sends each worker's 84 bytes once, at 125 bytes/s.
     boundary = 84 / 125
     seconds = [o.value[0] for o in trial.metrics.get_history("predicted_seconds")]
+    if overlap:  # half of it, under 8 s of steps
+        boundary = 0.0
     assert seconds == [pytest.approx(24 * 2.0 + 6 * boundary)]  # at the best epoch, the last
     assert trial.score > goal.give_up
 

@@ -115,6 +115,7 @@ class BlockLoop:
             # What compression has kept back so far.
             self._residuals: list | None = None
             if getattr(self._strategy, "compression", None):
+                self._check_built()
                 self._residuals = [
                     tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="residual")
                     for v in self._block_momentum.trained_variables
@@ -222,11 +223,7 @@ class BlockLoop:
                 "iter(strategy.experimental_distribute_dataset(dataset)). Received: "
                 f"{type(iterator).__name__}."
             )
-        if not self._block_momentum.built:
-            raise ValueError(
-                "The optimizer must be built before the first step. Call "
-                "optimizer.build(model.trainable_variables), inside strategy.scope()."
-            )
+        self._check_built()
         check_number("steps", steps, numbers.Integral, "a whole number of at least 1", 1)
         if self.has_finished(iterator):
             raise StopIteration
@@ -257,6 +254,13 @@ class BlockLoop:
         if remaining == steps:
             raise StopIteration
         return logs
+
+    def _check_built(self):
+        if not self._block_momentum.built:
+            raise ValueError(
+                "The optimizer must be built before the first step. Call "
+                "optimizer.build(model.trainable_variables), inside strategy.scope()."
+            )
 
     @property
     def batches(self):

@@ -77,6 +77,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
         sync_period: (lowest, highest) K; equal to fix it.
         block_momentum: (lowest, highest) beta in [0, 1); equal to fix it.
         inner_learning_rate: None leaves the learning rate alone; or (lowest, highest).
+        overlap: as in `BlockMomentum`, for all trials.
 
     Raises:
         ValueError: bounds out of range or the wrong way round; when a model is built, one
@@ -105,6 +106,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
         sync_period=(1, 64),
         block_momentum=(0.0, 0.95),
         inner_learning_rate=None,
+        overlap=False,
     ):
         if not (isinstance(hypermodel, kt.HyperModel) or callable(hypermodel)):
             raise TypeError(
@@ -126,6 +128,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
         self._inner = inner_learning_rate and _bounds(
             INNER, inner_learning_rate, numbers.Real, "numbers above 0", lambda lr: lr > 0
         )
+        self._overlap = bool(overlap)
         self.workers = Workers(None)  # distribute() sets others
         super().__init__(getattr(hypermodel, "name", None))
 
@@ -162,6 +165,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
                     inner,
                     sync_period=hp.Choice(K, self._periods),
                     block_momentum=hp.Choice(BETA, self._momenta),
+                    overlap=self._overlap,
                 ),
             )
         _build_optimizer_with(model)
