@@ -53,7 +53,7 @@ def test_elastic_averaging(strategy_of, monkeypatch):
         close([replica_values(w)[j] for w in model.trainable_variables], local[j])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(450)
 def test_evidence_in_small(tmp_path, monkeypatch):
     """Every study is run and reported, from recorded runs."""
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -61,7 +61,7 @@ def test_evidence_in_small(tmp_path, monkeypatch):
 
     subprocess.run(
         [sys.executable, BENCHMARKS / "evidence.py", "--quick", "--jobs", "1"],
-        cwd=tmp_path, check=True, timeout=280, capture_output=True,
+        cwd=tmp_path, check=True, timeout=430, capture_output=True,
     )  # fmt: skip
     folder = tmp_path / "runs" / "evidence-quick"
     with (folder / "evidence_runs.csv").open(newline="") as file:

@@ -83,7 +83,8 @@ class BlockMomentum(_keras.LocalUpdate):
 
     Memory: two more copies of the trainable weights than the inner optimizer alone
     (anchor, velocity), one when `block_momentum` is 0; with an `outer_optimizer` the
-    anchor and its slots; with `overlap` one more (the delta in flight).
+    anchor and its slots; with `overlap` one more (the delta in flight). While deltas
+    travel, packed copies of them come on top (docs/speed.md, Memory).
 
     Not for: models that fit's synchronous training already keeps busy on its network
     (nothing is gained); blocks so long that replicas drift apart (shorten K); fewer
