@@ -290,18 +290,20 @@ def plot(places, folder):
     for place in places:
         groups[place.model, place.workers].append(place)
     for (model, workers), those in groups.items():
+        colours: dict = {}
         figure, axes = pyplot.subplots(
-            2, len(those), figsize=(4.2 * len(those), 7), squeeze=False, sharey="row",
+            2, len(those), figsize=(max(4.2 * len(those), 7), 7.5), squeeze=False, sharey="row",
             sharex=True, layout="constrained",
         )  # fmt: skip
         for column, place in zip(axes.T, those, strict=True):
             lines = defaultdict(list)
             for row in place.contenders:
-                if row.k:
+                if row.k and row.method != "no communication":
                     lines[row.family, row.method].append(row)
             for (family, method), rows in lines.items():
                 label = method if family == "ours" else f"{family}: {method}"
-                style = {"marker": "o", "markersize": 4, "label": label}
+                colours.setdefault(label, f"C{len(colours)}")
+                style = {"marker": "o", "markersize": 4, "label": label, "color": colours[label]}
                 style["linestyle"] = "-" if family == "ours" else "--"
                 k = [row.k for row in rows]
                 column[0].plot(k, [place.throughput(row) for row in rows], **style)
@@ -313,7 +315,8 @@ def plot(places, folder):
             column[1].set_xlabel("sync_period (K)")
         axes[0, 0].set_ylabel("examples/s of all workers")
         axes[1, 0].set_ylabel("share of no communication")
-        axes[0, 0].legend(fontsize=7)
+        handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
+        figure.legend(handles=handles.values(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(f"{model}, {workers} workers")
         figure.savefig(folder / f"speed_{model}_{workers}.png", dpi=100)
         pyplot.close(figure)
