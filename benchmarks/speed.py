@@ -398,7 +398,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jit", action="store_true", help="compile local steps with XLA")
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the MLP, K of 8 and 32, two links")
+    parser.add_argument("--quick", action="store_true", help="the MLP, two K, two links")
     parser.add_argument("--full", action="store_true", help="all K for all models; many hours")
     parser.add_argument("--report", action="store_true", help="from recorded runs only")
     parser.add_argument("--add", action="store_true", help="to what has been recorded before")
@@ -410,7 +410,8 @@ def main():
     options = parser.parse_args()
     if options.quick:
         options.links, options.periods = ["loopback", "1gbit"], [8, 32]
-        options.models, options.workers, options.only = ["mlp"], [2], ["alone", "blocks"]
+        options.models, options.workers, options.only = ["mlp"], [2], ["blocks"]
+        options.rounds = 1
     if options.part:
         return work(options)
     if not options.report:
