@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
-from speed import BATCHES
+from speed import BATCHES, FORMS
 
 from tf_blockmomentum.cost import CostModel, parse_bandwidth
 
@@ -212,12 +212,16 @@ def fitted(places):
                 block = row.k * row.step_seconds  # errors are relative to it
                 lines.append([1 / block, (cost.messages(place.workers) - hops) / block])
                 values.append((place.boundary(row) - hops) / block)
-    lines = np.array(lines)
-    (own, slower), *_ = np.linalg.lstsq(lines, np.array(values))
-    if min(own, slower) <= 0:  # one of the two explains nothing
-        keep = 0 if own > slower else 1
-        best = lines[:, keep] @ values / (lines[:, keep] @ lines[:, keep])
-        own, slower = (best, 1.0) if keep == 0 else (0.0, best)
+    lines, values = np.array(lines), np.array(values)
+    if np.linalg.matrix_rank(lines) > 1:
+        (own, slower), *_ = np.linalg.lstsq(lines, values)
+    else:  # one link cannot tell the two apart
+        slower = 1.0
+        own = lines[:, 0] @ (values - lines[:, 1]) / (lines[:, 0] @ lines[:, 0])
+    if own <= 0:
+        own, slower = 0.0, lines[:, 1] @ values / (lines[:, 1] @ lines[:, 1])
+    elif slower <= 0:
+        own, slower = lines[:, 0] @ values / (lines[:, 0] @ lines[:, 0]), 1.0
     return own, slower, {
         link: dataclasses.replace(c, boundary_seconds=own, bandwidth=c.bandwidth / slower)
         for link, c in costs.items()
@@ -239,8 +243,10 @@ def cost_model(places, folder):
         "`tf_blockmomentum.cost.CostModel`, fitted for each model and number of workers to the "
         "rows called *blocks* on all links: seconds of a boundary apart from its messages, and "
         "the link's speed as TensorFlow uses it. The errors are those of predicted step times; "
-        "the last three columns' rows had no part in the fit."
+        "the last three columns' rows had no part in the fit. (One link alone cannot tell the two "
+        "apart: its messages are then taken to need the link's rate.)"
     )
+    forms = [name for name, *_ in FORMS]
     groups, cells, shown = defaultdict(list), [], None
     for place in places:
         groups[place.model, place.workers].append(place)
@@ -254,10 +260,11 @@ def cost_model(places, folder):
                     errors[row.method].append(abs(guess / row.step_seconds - 1))
         cells.append([
             model, workers, f"{1000 * own:.0f} ms", f"{1 / slower:.2f} of its rate",
-            *(f"{statistics.median(e):.0%} (at most {max(e):.0%})" for e in errors.values()),
+            *(f"{statistics.median(errors[f]):.0%} (at most {max(errors[f]):.0%})"
+              if f in errors else "" for f in forms),
         ])  # fmt: skip
-        titles = ["model", "workers", "boundary without messages", "link", *errors]
         shown = shown or (model, costs)
+    titles = ["model", "workers", "boundary without messages", "link", *forms]
     yield table(titles, cells)
     model, costs = shown
     links = [link for link in costs if link != "loopback"]
