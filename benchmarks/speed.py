@@ -271,8 +271,7 @@ def work_memory(options):
     if options.method in forms:
         overlap, compression = forms[options.method]
         strategy = tfbm.MultiWorkerBlockStrategy(compression=compression)
-        model, x, y = compile_model(strategy, "mlp", 8, overlap)
-        strategy.compression = compression
+        model, x, y = compile_model(strategy, "mlp", 8, overlap, compression)
         data, blocks = repeated(strategy, x, y), [tfbm.BlockTraining(options.jit)]
     else:
         model, x, y = network("mlp")
@@ -431,14 +430,18 @@ def record(options):
     for link, workers, script, arguments, common in parts(options):
         rate = None if link == "loopback" else link
         what = f"{link}, {workers} workers, {script} {' '.join(arguments[:2])}"
-        peer = script.startswith("peers") and options.peers_python
-        python = options.peers_python if peer else sys.executable
+        peer = script.startswith("peers")
+        python = (peer and options.peers_python) or sys.executable
         began = time.perf_counter()
         try:
             with cluster.link(rate, workers) as places:
-                limit = 300 if script.startswith("peers") else 3600
                 found = cluster.launch(
-                    places, python, HERE / script, arguments, limit, options.device == "gpu"
+                    places,
+                    python,
+                    HERE / script,
+                    arguments,
+                    300 if peer else 3600,
+                    options.device == "gpu",
                 )
         except OSError as error:
             print(f"skipped: {what}: {error}", flush=True)

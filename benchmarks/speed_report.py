@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
+from evidence_report import table
 from speed import BATCHES, FORMS
 
 from tf_blockmomentum.cost import CostModel, parse_bandwidth
@@ -37,6 +38,10 @@ class Row:
     target_steps: float
 
     @property
+    def label(self):
+        return self.method if self.family == "ours" else f"{self.family}: {self.method}"
+
+    @property
     def overlap(self):
         return "overlap" in self.method
 
@@ -51,6 +56,7 @@ class Place:
     def __init__(self, rows):
         self.rows = rows
         self.model, self.workers, self.link = rows[0].model, rows[0].workers, rows[0].link
+        self.size = next(r.model_bytes for r in rows if r.model_bytes)
         self.bare = next(r.step_seconds for r in rows if r.method == "all_reduce alone")
         self.one = next(r.step_seconds for r in rows if r.method == "all_reduce of one number")
         self._alone = {(r.family, r.steps): r.step_seconds
@@ -94,23 +100,21 @@ def write(folder):
         if row.link and row.step_seconds and row.model in BATCHES and row.workers > 1:
             groups[row.model, row.workers, row.link].append(row)
     places = [Place(g) for g in groups.values() if any(r.method == "all_reduce alone" for r in g)]
+    by_model = defaultdict(list)
+    for place in places:
+        by_model[place.model, place.workers].append(place)
     targets = {(r.method, r.k): r.target_steps for r in rows if r.target_steps}
     text = [*alone(rows), *memory(rows)]
     for place in places:
         text += table_of(place)
     if places:
-        text += cost_model(places, folder)
-        plot(places, folder)
+        text += cost_model(by_model)
+        plot(by_model, folder)
     if targets:
-        text += time_to_target(places, targets, folder)
+        text += time_to_target(by_model["mlp", 2], targets, folder)
     (folder / "speed.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
     return 0 if rows else 1
-
-
-def table(titles, rows):
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
 def alone(rows):
@@ -165,9 +169,8 @@ def table_of(place):
     """One table, ratios first."""
     sent = 2 * (place.workers - 1) / place.workers
     yield f"## {place.model}, {place.workers} workers, {place.link}"
-    size = next(r.model_bytes for r in place.rows if r.model_bytes)
     yield (
-        f"{size / 1e6:.1f} MB are averaged; one all_reduce of as many takes "
+        f"{place.size / 1e6:.1f} MB are averaged; one all_reduce of as many takes "
         f"{1000 * place.bare:.0f} ms."
     )
     cells = []
@@ -176,7 +179,7 @@ def table_of(place):
         blocks = row.method.startswith("blocks")
         wire = row.wire_bytes if blocks and place.link != "loopback" else None
         cells.append([
-            row.method if row.family == "ours" else f"{row.family}: {row.method}", row.k or "",
+            row.label, row.k or "",
             f"{share:.2f}" if share else "", f"{place.throughput(row):.0f}",
             f"{1000 * row.step_seconds:.1f}",
             f"{place.boundary(row) / place.bare:.2f}" if blocks else "",
@@ -197,21 +200,18 @@ def fitted(places):
     """
     lines, values, costs = [], [], {}
     for place in places:
-        size = next(r.model_bytes for r in place.rows if r.model_bytes)
         row = next(r for r in place.rows if r.method == "no communication")
-        costs[place.link] = CostModel(
+        cost = costs[place.link] = CostModel(
             step_seconds=place.alone(row),
-            model_bytes=size,
+            model_bytes=place.size,
             bandwidth=float("inf") if place.link == "loopback" else parse_bandwidth(place.link),
             latency=place.one / (2 * (place.workers - 1)),
         )
-        cost = costs[place.link]
-        hops = 2 * (place.workers - 1) * cost.latency
         for row in place.rows:
             if row.method == "blocks":
                 block = row.k * row.step_seconds  # errors are relative to it
-                lines.append([1 / block, (cost.messages(place.workers) - hops) / block])
-                values.append((place.boundary(row) - hops) / block)
+                lines.append([1 / block, (cost.messages(place.workers) - place.one) / block])
+                values.append((place.boundary(row) - place.one) / block)
     lines, values = np.array(lines), np.array(values)
     if np.linalg.matrix_rank(lines) > 1:
         (own, slower), *_ = np.linalg.lstsq(lines, values)
@@ -236,7 +236,7 @@ def predicted(cost, row, alone):
     return cost.step(row.k, row.workers, row.overlap)
 
 
-def cost_model(places, folder):
+def cost_model(groups):
     """The fit, its error, and what it says of more workers."""
     yield "## The cost model"
     yield (
@@ -247,9 +247,7 @@ def cost_model(places, folder):
         "apart: its messages are then taken to need the link's rate.)"
     )
     forms = [name for name, *_ in FORMS]
-    groups, cells, shown = defaultdict(list), [], None
-    for place in places:
-        groups[place.model, place.workers].append(place)
+    cells, shown = [], None
     for (model, workers), those in groups.items():
         own, slower, costs = fitted(those)
         errors = defaultdict(list)
@@ -291,11 +289,8 @@ def cost_model(places, folder):
 # -- pictures -------------------------------------------------------------------------------------
 
 
-def plot(places, folder):
+def plot(groups, folder):
     """Throughput and share over K, a column for each link; a picture for each model and P."""
-    groups = defaultdict(list)
-    for place in places:
-        groups[place.model, place.workers].append(place)
     for (model, workers), those in groups.items():
         colours: dict = {}
         figure, axes = pyplot.subplots(
@@ -306,12 +301,11 @@ def plot(places, folder):
             lines = defaultdict(list)
             for row in place.contenders:
                 if row.k and row.method != "no communication":
-                    lines[row.family, row.method].append(row)
-            for (family, method), rows in lines.items():
-                label = method if family == "ours" else f"{family}: {method}"
+                    lines[row.label].append(row)
+            for label, rows in lines.items():
                 colours.setdefault(label, f"C{len(colours)}")
                 style = {"marker": "o", "markersize": 4, "label": label, "color": colours[label]}
-                style["linestyle"] = "-" if family == "ours" else "--"
+                style["linestyle"] = "-" if rows[0].family == "ours" else "--"
                 k = [row.k for row in rows]
                 column[0].plot(k, [place.throughput(row) for row in rows], **style)
                 if all(place.share(row) for row in rows):
@@ -329,10 +323,9 @@ def plot(places, folder):
         pyplot.close(figure)
 
 
-def time_to_target(places, targets, folder):
+def time_to_target(those, targets, folder):
     """Steps to the target, which no link changes, times each link's seconds."""
     yield "## Seconds to a training loss"
-    those = [p for p in places if (p.model, p.workers) == ("mlp", 2)]
     yield (
         "Steps that the MLP took, trained once with each method on loopback from the same start "
         "at the same learning rate, times the seconds of a step measured on each link."

@@ -400,8 +400,7 @@ class BlockLoop:
 
     def _handle_nonfinite(self, firsts):
         """`firsts`: for each replica 0, or the number of its first tensor not finite."""
-        optimizer = self._block_momentum
-        variables = [*optimizer.trained_variables, *self._averaged, *optimizer.averaged_state]
+        optimizer, variables = self._block_momentum, self._travelling
         bad = {r: variables[first - 1] for r, first in enumerate(firsts) if first}
         what = "; ".join(
             f"replica {r} in variable {getattr(v, 'path', v.name)!r}" for r, v in bad.items()
@@ -510,14 +509,18 @@ class BlockLoop:
     def _wire_specs(self):
         """What `_outgoing` returns: shapes and dtypes."""
         optimizer = self._block_momentum
-        variables = [*optimizer.trained_variables, *self._statistics]
-        specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in variables]
+        specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self._travelling]
         if self._residuals:
             weights = len(self._residuals)
             specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
         size = 4 + self._strategy.num_replicas_in_sync
         size += optimizer.overlap or optimizer.measures_drift
         return [*specs, tf.TensorSpec([size], self._header_dtype(specs))]
+
+    @property
+    def _travelling(self):
+        """The variables that a boundary averages, in the order of `_outgoing`."""
+        return [*self._block_momentum.trained_variables, *self._statistics]
 
     @property
     def _statistics(self):
@@ -590,10 +593,9 @@ class BlockLoop:
             others = tf.math.reciprocal(tf.maximum(last, 1))
         else:
             last, others = total[-1] * share, share
-        variables = [*self._block_momentum.trained_variables, *self._statistics]
         means = [
             tf.cast(s, v.dtype) * tf.cast(share if i < weights else others, v.dtype)
-            for i, (s, v) in enumerate(zip(sums, variables, strict=True))
+            for i, (s, v) in enumerate(zip(sums, self._travelling, strict=True))
         ]
         return means, status, total[3] * share, last
 
