@@ -398,3 +398,41 @@ def test_float16_loses_nothing_over_time(strategy_of, monkeypatch):
     with pytest.raises(FloatingPointError, match="or too large for float16"):
         loop.run(iter(strategy.experimental_distribute_dataset(huge)), 1)
     assert float(replica_values(w)[0][0]) == 0
+
+
+@pytest.mark.parametrize("compression", [None, "float16"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_weights_of_many_megabytes_travel_in_pieces(
+    strategy_of, monkeypatch, overlap, compression
+):
+    """Large tensors are cut and small ones put together; XLA compiles; to the bit."""
+    strategy = strategy_of(2)
+    monkeypatch.setattr(strategy, "compression", compression)
+    shapes = [(3,), (1537, 1723), (5, 7), (1_100_001,), ()]
+    values = [np.arange(np.prod(s)).reshape(s) % 8 - 3.0 for s in shapes]
+    with strategy.scope():
+        weights = [keras.Variable(v, dtype="float32") for v in values]
+        mean = keras.Variable(np.zeros(3), dtype="float32", trainable=False)
+        optimizer = tfbm.BlockMomentum(keras.optimizers.SGD(1.0), sync_period=2, overlap=overlap)
+        optimizer.build(weights)
+
+    def step(factor):
+        own = factor[0] / strategy.num_replicas_in_sync
+        optimizer.apply([own * tf.constant(v, "float32") for v in values], weights)
+        mean.assign_add(factor[0] * tf.ones(3))
+
+    loop = tfbm.BlockLoop(step, optimizer, strategy, averaged_variables=[mean])
+    factors = np.random.default_rng(0).integers(-4, 5, size=[8, 2])
+    data = tf.data.Dataset.from_tensor_slices(factors.ravel().astype("float32")).batch(2)
+    iterator = iter(strategy.experimental_distribute_dataset(data))
+    loop.run(iterator, 8)
+    loop.flush()
+    method = reference.overlapped_m_avg if overlap else reference.m_avg
+    batches = [[([f * v for v in values], None) for f in shares] for shares in factors]
+    want = method(values, batches, lambda w, x, y: (0, x), 1.0, 2, 0.5)
+    want = want[-1][0] if overlap else want[0][-1]
+    for w, value in zip(weights, want, strict=True):
+        for own in replica_values(w):
+            np.testing.assert_array_equal(own, value)
+    for own in replica_values(mean):
+        np.testing.assert_array_equal(own, np.full(3, factors.mean(1).sum()))

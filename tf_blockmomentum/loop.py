@@ -129,9 +129,9 @@ class BlockLoop:
             local_step, self._strategy, self._jit, after_step=lambda: self._steps.assign_add(1)
         )
         self._boundary = self._on_replicas(self._replica_boundary)
-        self._send = self._on_replicas(self._replica_send, compiled=True)
-        self._land = self._on_replicas(self._replica_land, compiled=True)
-        self._land_and_send = self._on_replicas(self._replica_land_and_send, compiled=True)
+        self._send = self._on_replicas(self._leave)
+        self._begin = self._on_replicas(self._replica_begin)
+        self._land = self._on_replicas(self._replica_land)
         self._transport = self._on_replicas(self._replica_transport)
         self._send_again = self._on_replicas(self._replica_send_again)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
@@ -141,17 +141,16 @@ class BlockLoop:
             autograph=False,
         )
 
-    def _on_replicas(self, replica_fn, compiled=False):
+    def _on_replicas(self, replica_fn):
         @functools.wraps(replica_fn)
         def on_replicas(*args):
-            function = self._compiled(replica_fn) if compiled else replica_fn
-            return self._strategy.run(lambda *own: function(*own), args=args)
+            return self._strategy.run(lambda *own: replica_fn(*own), args=args)
 
         return tf.function(on_replicas, autograph=False)
 
     def _compiled(self, replica_fn):
         """A function of the boundary that does not communicate. For large models XLA compiles
-        it, whatever `jit_compile` is: one pass over the weights instead of about ten."""
+        it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
         weights = sum(v.shape.num_elements() for v in self._block_momentum.trained_variables)
         jit = self._jit or weights >= _LARGE
         return tf.function(replica_fn, jit_compile=jit, autograph=False)
@@ -361,14 +360,13 @@ class BlockLoop:
     # -- overlap ------------------------------------------------------------------------------
 
     def _send_block(self, ended, stopping):
-        """Ends a block: lands the deltas of the one before, and sends this one's."""
-        if self._flight is None:
-            packs = self._send(ended, stopping)
-        else:
-            sums, status = self._arrive()
-            packs = self._land_and_send(sums, ended, stopping)
+        """Ends a block: sends its deltas, lands those of the one before, and begins the next."""
+        sums, status = self._arrive() if self._flight else ([], None)
+        packs = self._send(ended, stopping)
+        if status is not None:
             self._take_note(status)
         self._depart(packs)
+        self._begin(sums)
 
     def _land_flight(self, flush=False):
         """Waits for what is in flight, and goes to the anchor. `flush`, or that the data of
@@ -424,32 +422,30 @@ class BlockLoop:
         warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=2)
 
     # -- what is compiled ---------------------------------------------------------------------
+    #
+    # The weights pass through memory as seldom as the arithmetic allows. XLA computes each
+    # output of a function from the function's inputs alone, so what two outputs share is
+    # computed, and its inputs are read, twice: hence several small compiled functions.
 
     def _replica_boundary(self, ended, stopping):
-        """Ends this replica's block. Returns the status, see `_means`, and the drift."""
-        packs = self._compiled(self._leave)(ended, stopping)
-        return self._compiled(self._come_back)(sum_packs(packs))
-
-    def _leave(self, ended, stopping):
-        """What this replica sends, packed."""
-        return pack(self._outgoing(ended, stopping))
-
-    def _come_back(self, sums):
-        """The outer step, and this replica to the anchor."""
-        optimizer, statistics = self._block_momentum, self._statistics
-        means, status, steps, square = self._means(unpack(sums, self._wire_specs))
-        count = len(optimizer.trained_variables)
-        d, others = means[:count], means[count:]
-        drift = optimizer.drift(d, square)
-
-        def end():
-            optimizer.end_block(optimizer.deltas(), d, steps)
-            for v, value in zip(statistics, others, strict=True):
-                v.assign(value)
-
-        tf.cond(status[0] > 0, end, lambda: None)
+        """Ends this replica's block. Returns the status, see `_status`, and the drift."""
+        sums, header = self._detach(sum_packs(self._leave(ended, stopping)))
+        status = self._status(header)
+        come_back = self._compiled(self._come_back)
+        drift = tf.cond(status[0] > 0, lambda: come_back(sums, header), lambda: 0.0)
         self._heal()
         return tf.concat([status, [drift]], axis=0)
+
+    def _come_back(self, sums, header):
+        """The outer step, and this replica to the anchor. Returns the drift."""
+        optimizer = self._block_momentum
+        share = tf.math.reciprocal(tf.maximum(header[0], 1))
+        d, others = self._means(sums, share, share)
+        drift = optimizer.drift(d, header[-1] * share)
+        optimizer.end_block(optimizer.deltas(), d, header[3] * share)
+        for v, value in zip(self._statistics, others, strict=True):
+            v.assign(value)
+        return drift
 
     def _heal(self):
         """Once the weights are finite again, the inner state of a replica that was left out."""
@@ -457,65 +453,134 @@ class BlockLoop:
             first = self._sent_counts[3]
             tf.cond(first > 0, lambda: _make_finite(self._block_momentum), lambda: None)
 
-    def _replica_send(self, ended, stopping):
-        """With `overlap`: ends this replica's block, begins the next. Returns what to sum."""
-        return self._sent_after(lambda: None, ended, stopping)
-
-    def _replica_land_and_send(self, sums, ended, stopping):
-        return self._sent_after(lambda: self._replica_land(sums, None), ended, stopping)
-
-    def _sent_after(self, land, ended, stopping):
-        optimizer = self._block_momentum
-        sent = self._outgoing(ended, stopping)
-        land()
-        optimizer.send(sent[: len(optimizer.trained_variables)])
+    def _replica_begin(self, sums):
+        """With `overlap`: lands the block before (`sums`, if there was one), begins the next."""
+        if sums:
+            self._replica_land(sums)
+        self._compiled(self._block_momentum.begin_next)()
         self._heal()
-        return pack(sent)
 
     def _replica_send_again(self):
         """What was in flight when a backup was written; no data had ended."""
         taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
         tensors = [*self._block_momentum.sent, *self._statistics]
-        specs = self._wire_specs[:-1]
-        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, specs, strict=True)]
-        header = self._header(tensors, taking_part > 0, False, stopping, steps, first)
-        return pack([*tensors, header])
+        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
+        header = self._header(taking_part > 0, False, stopping, steps, first)
+        return self._attach(pack(tensors), header)
 
     def _replica_transport(self, packs):
         """The all-reduce. Returns the sums and, for the host, the status."""
-        sums = sum_packs([tf.identity(p) for p in packs])  # an argument alone has no device
-        _, status, _, _ = self._means(unpack(sums, self._wire_specs))
-        return sums, tf.concat([status, [0.0]], axis=0)
+        sums = sum_packs(packs)
+        return sums, tf.concat([self._status(self._detach(sums)[1]), [0.0]], axis=0)
 
-    def _replica_land(self, sums, flush):
-        """The outer step of the block before; with `flush` (None: never) the statistics'
-        means. Without it they go on as they are: moving averages of a replica's own may be
-        averaged at any later time with the same result."""
-        optimizer, statistics = self._block_momentum, self._statistics
-        means, status, _, sharing = self._means(unpack(sums, self._wire_specs))
-        count = len(means) - len(statistics)
-        d, others = means[:count], means[count:]
-        tf.cond(status[0] > 0, lambda: optimizer.land(d), lambda: None)
+    def _replica_land(self, sums, flush=None):
+        """The outer step of the block before; with `flush` (None: never) this replica to the
+        anchor, and the statistics' means. Without it they go on as they are: moving averages of
+        a replica's own may be averaged at any later time with the same result."""
+        optimizer = self._block_momentum
+        sums, header = self._detach(sums)
+        share = tf.math.reciprocal(tf.maximum(header[0], 1))
+        shares = share, tf.math.reciprocal(tf.maximum(header[-1], 1))
+
+        def outer_step(sums):
+            optimizer.land(self._means(sums, *shares)[0])
+
+        tf.cond(header[0] > 0, lambda: self._compiled(outer_step)(sums), lambda: None)
         if flush is not None:
             optimizer.discard_block()
-        for v, value in zip(statistics, others, strict=True):
+        if not self._statistics or (flush is None and not self._skip_nonfinite):
+            return
+        for v, value in zip(self._statistics, self._means(sums, *shares)[1], strict=True):
             own = tf.convert_to_tensor(v)
             if flush is not None:
-                v.assign(tf.where(tf.logical_and(flush, sharing > 0), value, own))
-            elif self._skip_nonfinite:
+                v.assign(tf.where(tf.logical_and(flush, header[-1] > 0), value, own))
+            else:
                 v.assign(tf.where(tf.math.is_finite(own), own, value))
+
+    def _leave(self, ended, stopping):
+        """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
+        as zeros if it is left out; then the header."""
+        optimizer = self._block_momentum
+        steps = tf.convert_to_tensor(self._steps)
+        self._steps.assign(tf.zeros_like(self._steps))
+        if optimizer.overlap:
+            self._compiled(self._keep)(steps)
+        if optimizer.overlap and not self._residuals:
+            packs = pack(self._outgoing(steps))  # parts of the variables, not copies
+        else:
+            packs = self._compiled(lambda steps: pack(self._outgoing(steps)))(steps)
+        finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in packs)])
+        first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
+        taking_part = tf.logical_and(steps > 0, finite)
+        # Not by multiplying: a replica that is left out may hold anything.
+        packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
+        if optimizer.measures_drift:
+            square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
+            square = tf.where(taking_part, square, 0.0)
+        if self._residuals:  # not one function with the next: XLA would copy before it overwrites
+            self._compiled(self._settle_residuals)(steps, taking_part)
+        if optimizer.overlap:
+            as_it_was = tf.logical_and(finite, not self._residuals)
+            settle = self._compiled(self._settle_sent)
+            tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part))
+        counts = (taking_part, stopping, steps, first)
+        self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
+        header = self._header(taking_part, ended, stopping, steps, first)
+        if optimizer.measures_drift:
+            header = tf.concat([header, [square]], axis=0)
+        return self._attach(packs, header)
+
+    def _wanted(self, steps):
+        """This replica's deltas and what has been kept back of them; 0 if it took no step."""
+        deltas = self._block_momentum.deltas()
+        if self._residuals:
+            deltas = [x + r for x, r in zip(deltas, self._residuals, strict=True)]
+        return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
+
+    def _keep(self, steps):
+        """With `overlap`: the deltas are in variables from now on."""
+        self._block_momentum.keep_deltas(self._wanted(steps))
+
+    def _coded(self, steps):
+        """What this replica sends as deltas, and what compression would keep back."""
+        if self._block_momentum.overlap:
+            wanted = list(map(tf.convert_to_tensor, self._block_momentum.sent))
+        else:
+            wanted = self._wanted(steps)
+        return self._strategy.compress(wanted) if self._residuals else (wanted, [])
+
+    def _outgoing(self, steps):
+        """What a replica sends but for the header, should all be finite."""
+        statistics = list(map(tf.convert_to_tensor, self._statistics))
+        if not self._block_momentum.overlap:  # with it they are averaged later, if at all
+            statistics = [tf.where(steps > 0, t, tf.zeros_like(t)) for t in statistics]
+        return [*self._coded(steps)[0], *statistics]
+
+    def _first_not_finite(self, steps):
+        """The number, from 1, of the first tensor that is not."""
+        finite = [tf.reduce_all(tf.math.is_finite(t)) for t in self._outgoing(steps)]
+        return tf.argmin(tf.cast(tf.stack([True, *finite]), tf.int32), output_type=tf.int32)
+
+    def _settle_residuals(self, steps, taking_part):
+        """What has been sent is kept back no longer."""
+        rests = self._coded(steps)[1]
+        for residual, rest in zip(self._residuals or (), rests, strict=True):
+            residual.assign(tf.where(taking_part, rest, residual))
+
+    def _settle_sent(self, steps, taking_part):
+        """With `overlap`: what has been sent is what is in flight."""
+        codes = self._coded(steps)[0]
+        for x, code in zip(self._block_momentum.sent, codes, strict=True):
+            x.assign(tf.where(taking_part, tf.cast(code, x.dtype), tf.zeros_like(x)))
 
     @property
     def _wire_specs(self):
         """What `_outgoing` returns: shapes and dtypes."""
-        optimizer = self._block_momentum
         specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self._travelling]
         if self._residuals:
             weights = len(self._residuals)
             specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
-        size = 4 + self._strategy.num_replicas_in_sync
-        size += optimizer.overlap or optimizer.measures_drift
-        return [*specs, tf.TensorSpec([size], self._header_dtype(specs))]
+        return specs
 
     @property
     def _travelling(self):
@@ -527,77 +592,60 @@ class BlockLoop:
         """What is averaged at a boundary besides the weights."""
         return [*self._averaged, *self._block_momentum.averaged_state]
 
-    def _outgoing(self, ended, stopping):
-        """What a replica sends at the end of its block: its deltas and statistics, as zeros if
-        it is left out; then the header."""
-        optimizer = self._block_momentum
-        deltas, rests = list(optimizer.deltas()), []
-        if self._residuals:
-            residuals = [tf.convert_to_tensor(r) for r in self._residuals]
-            deltas, rests = self._strategy.compress(deltas, residuals)
-        tensors = [*deltas, *map(tf.convert_to_tensor, self._statistics)]
-        steps = tf.convert_to_tensor(self._steps)
-        self._steps.assign(tf.zeros_like(self._steps))
-        finite = tf.stack([True, *(tf.reduce_all(tf.math.is_finite(t)) for t in tensors)])
-        first = tf.where(
-            tf.logical_and(steps > 0, tf.logical_not(tf.reduce_all(finite))),
-            tf.argmin(tf.cast(finite, tf.int32), output_type=tf.int32),
-            0,
-        )
-        taking_part = tf.logical_and(steps > 0, first == 0)
-        counts = (taking_part, stopping, steps, first)
-        self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
-        # Not by multiplying: a replica that is left out may hold anything.
-        sent = [tf.where(taking_part, t, tf.zeros_like(t)) for t in tensors]
-        for residual, rest in zip(self._residuals or (), rests, strict=True):
-            residual.assign(tf.where(taking_part, rest, residual))
-        if optimizer.overlap:  # statistics that are averaged later count without a step too
-            for i in range(len(optimizer.trained_variables), len(tensors)):
-                sent[i] = tf.where(first == 0, tensors[i], tf.zeros_like(tensors[i]))
-        header = self._header(tensors, taking_part, ended, stopping, steps, first)
-        if optimizer.measures_drift:
-            square = square_norm(sent[: len(optimizer.trained_variables)])
-            header = tf.concat([header, [square]], axis=0)
-        return [*sent, header]
-
-    def _header(self, tensors, taking_part, ended, stopping, steps, first):
+    def _header(self, taking_part, ended, stopping, steps, first):
         context = tf.distribute.get_replica_context()
         replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-        wire = self._header_dtype(tensors)
+        wire = self._header_dtype
         taken = tf.where(taking_part, steps, 0)
         numbers = [taking_part, ended, stopping, taken]
-        if self._block_momentum.overlap:
-            numbers.append(first == 0)
         which = tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire)
         counts = [tf.cast(x, wire) for x in numbers]
-        return tf.concat([counts[:4], which, counts[4:]], axis=0)
+        last = [tf.cast(first == 0, wire)] if self._block_momentum.overlap else []
+        return tf.concat([counts, which, last], axis=0)
 
-    def _header_dtype(self, tensors):
+    @property
+    def _header_dtype(self):
         """One that is on the wire anyway, unless it counts badly."""
-        wire = tensors[0].dtype if tensors else tf.float32
+        specs = self._wire_specs
+        wire = specs[0].dtype if specs else tf.float32
         coarse = wire in (tf.bfloat16, tf.float16) or self._block_momentum.scheduled
         return tf.float32 if coarse else wire
 
-    def _means(self, sums):
-        """From the sums over the replicas of what they sent: the means over those averaged; the
-        status: how many were averaged, how many replicas' data has ended, how many ask to stop,
-        the steps of those averaged, then for each replica 0 or the number of its first tensor
-        that is not finite; the mean number of steps; the header's last number, as a mean too
-        without `overlap`."""
-        *sums, total = sums
-        share = tf.math.reciprocal(tf.maximum(total[0], 1))
-        status = tf.cast(total[: 4 + self._strategy.num_replicas_in_sync], tf.float32)
+    def _attach(self, packs, header):
+        """Appends the header to the last pack of its dtype, or as a pack of its own."""
+        packs = list(packs)
+        for i, flat in reversed(list(enumerate(packs))):
+            if flat.dtype == header.dtype:
+                packs[i] = tf.concat([flat, header], axis=0)
+                return packs
+        return [*packs, header]
+
+    def _detach(self, packs):
+        """The reverse of `_attach`, of sums."""
+        optimizer = self._block_momentum
+        size = 4 + self._strategy.num_replicas_in_sync
+        size += optimizer.overlap or optimizer.measures_drift
+        i = max(i for i, flat in enumerate(packs) if flat.dtype == self._header_dtype)
+        rest = [packs[i][:-size]] if packs[i].shape[0] > size else []
+        return [*packs[:i], *rest, *packs[i + 1 :]], packs[i][-size:]
+
+    def _status(self, header):
+        """From a summed header: how many replicas were averaged, how many replicas' data has
+        ended, how many ask to stop, the steps of those averaged, then for each replica 0 or the
+        number of its first tensor that is not finite."""
+        return tf.cast(header[: 4 + self._strategy.num_replicas_in_sync], tf.float32)
+
+    def _means(self, sums, share, others):
+        """The means of the deltas and of the statistics, from their sums, packed, and the
+        reciprocals of the numbers of replicas in them."""
         weights = len(self._block_momentum.trained_variables)
-        if self._block_momentum.overlap:
-            last = total[-1]
-            others = tf.math.reciprocal(tf.maximum(last, 1))
-        else:
-            last, others = total[-1] * share, share
         means = [
             tf.cast(s, v.dtype) * tf.cast(share if i < weights else others, v.dtype)
-            for i, (s, v) in enumerate(zip(sums, self._travelling, strict=True))
+            for i, (s, v) in enumerate(
+                zip(unpack(sums, self._wire_specs), self._travelling, strict=True)
+            )
         ]
-        return means, status, total[3] * share, last
+        return means[:weights], means[weights:]
 
 
 def _make_finite(optimizer):

@@ -288,12 +288,15 @@ class BlockMomentum(_keras.LocalUpdate):
 
     # -- overlap: the outer step comes one block late ----------------------------------------
 
-    def send(self, deltas):
-        """Begins the next block where the outer step to come would lead if all replicas' deltas
-        were this one's, which are on their way from now on."""
+    def keep_deltas(self, deltas):
+        """Ends a block in this replica: these are on their way from now on."""
         for x, delta in zip(self._sent, deltas, strict=True):
-            x.assign(tf.cast(delta, x.dtype))
+            x.assign(delta)
         self._in_flight.assign(True)
+
+    def begin_next(self):
+        """Begins the next block where the outer step to come would lead if all replicas' deltas
+        were this one's."""
         self._reset_inner_state()
         for w, x in zip(self.trained_variables, self._begins(), strict=True):
             w.assign(x)
