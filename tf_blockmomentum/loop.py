@@ -362,11 +362,10 @@ class BlockLoop:
     def _send_block(self, ended, stopping):
         """Ends a block: sends its deltas, lands those of the one before, and begins the next."""
         sums, status = self._arrive() if self._flight else ([], None)
-        packs = self._send(ended, stopping)
+        self._depart(self._send(ended, stopping))
+        self._begin(sums)
         if status is not None:
             self._take_note(status)
-        self._depart(packs)
-        self._begin(sums)
 
     def _land_flight(self, flush=False):
         """Waits for what is in flight, and goes to the anchor. `flush`, or that the data of
