@@ -110,7 +110,7 @@ def write(folder):
     if places:
         text += cost_model(by_model)
         plot(by_model, folder)
-    if targets:
+    if targets and by_model["mlp", 2]:
         text += time_to_target(by_model["mlp", 2], targets, folder)
     (folder / "speed.md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text))
