@@ -213,15 +213,19 @@ def fitted(places):
                 lines.append([1 / block, (cost.messages(place.workers) - place.one) / block])
                 values.append((place.boundary(row) - place.one) / block)
     lines, values = np.array(lines), np.array(values)
+
+    def slope(x, y):
+        return x @ y / (x @ x)
+
     if np.linalg.matrix_rank(lines) > 1:
         (own, slower), *_ = np.linalg.lstsq(lines, values)
     else:  # one link cannot tell the two apart
         slower = 1.0
-        own = lines[:, 0] @ (values - lines[:, 1]) / (lines[:, 0] @ lines[:, 0])
+        own = slope(lines[:, 0], values - lines[:, 1])
     if own <= 0:
-        own, slower = 0.0, lines[:, 1] @ values / (lines[:, 1] @ lines[:, 1])
+        own, slower = 0.0, slope(lines[:, 1], values)
     elif slower <= 0:
-        own, slower = lines[:, 0] @ values / (lines[:, 0] @ lines[:, 0]), 1.0
+        own, slower = slope(lines[:, 0], values), 1.0
     return own, slower, {
         link: dataclasses.replace(c, boundary_seconds=own, bandwidth=c.bandwidth / slower)
         for link, c in costs.items()

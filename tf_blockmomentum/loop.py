@@ -113,7 +113,7 @@ class BlockLoop:
             # Of the block whose deltas were sent last: what `_outgoing` puts into the header.
             self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
             # What compression has kept back so far.
-            self._residuals: list | None = None
+            self._residuals: list = []
             if getattr(self._strategy, "compression", None):
                 self._check_built()
                 self._residuals = [
@@ -144,7 +144,7 @@ class BlockLoop:
     def _on_replicas(self, replica_fn):
         @functools.wraps(replica_fn)
         def on_replicas(*args):
-            return self._strategy.run(lambda *own: replica_fn(*own), args=args)
+            return self._strategy.run(replica_fn, args=args)
 
         return tf.function(on_replicas, autograph=False)
 
@@ -281,7 +281,7 @@ class BlockLoop:
     @property
     def variables(self):
         """Its own state besides `position`: each replica's steps in the present block."""
-        return [self._steps, self._sent_counts, *(self._residuals or ())]
+        return [self._steps, self._sent_counts, *self._residuals]
 
     def go_on(self, position):
         """Goes on in the middle of a block whose variables have been restored."""
@@ -438,8 +438,8 @@ class BlockLoop:
     def _come_back(self, sums, header):
         """The outer step, and this replica to the anchor. Returns the drift."""
         optimizer = self._block_momentum
-        share = tf.math.reciprocal(tf.maximum(header[0], 1))
-        d, others = self._means(sums, share, share)
+        d, others = self._means(sums, header)
+        share = _share(header[0])
         drift = optimizer.drift(d, header[-1] * share)
         optimizer.end_block(optimizer.deltas(), d, header[3] * share)
         for v, value in zip(self._statistics, others, strict=True):
@@ -478,18 +478,16 @@ class BlockLoop:
         a replica's own may be averaged at any later time with the same result."""
         optimizer = self._block_momentum
         sums, header = self._detach(sums)
-        share = tf.math.reciprocal(tf.maximum(header[0], 1))
-        shares = share, tf.math.reciprocal(tf.maximum(header[-1], 1))
 
-        def outer_step(sums):
-            optimizer.land(self._means(sums, *shares)[0])
+        def outer_step(sums, header):
+            optimizer.land(self._means(sums, header)[0])
 
-        tf.cond(header[0] > 0, lambda: self._compiled(outer_step)(sums), lambda: None)
+        tf.cond(header[0] > 0, lambda: self._compiled(outer_step)(sums, header), lambda: None)
         if flush is not None:
             optimizer.discard_block()
         if not self._statistics or (flush is None and not self._skip_nonfinite):
             return
-        for v, value in zip(self._statistics, self._means(sums, *shares)[1], strict=True):
+        for v, value in zip(self._statistics, self._means(sums, header)[1], strict=True):
             own = tf.convert_to_tensor(v)
             if flush is not None:
                 v.assign(tf.where(tf.logical_and(flush, header[-1] > 0), value, own))
@@ -504,10 +502,9 @@ class BlockLoop:
         self._steps.assign(tf.zeros_like(self._steps))
         if optimizer.overlap:
             self._compiled(self._keep)(steps)
-        if optimizer.overlap and not self._residuals:
-            packs = pack(self._outgoing(steps))  # parts of the variables, not copies
-        else:
-            packs = self._compiled(lambda steps: pack(self._outgoing(steps)))(steps)
+        # Without XLA they are parts of the variables with the deltas, not copies.
+        in_variables = optimizer.overlap and not self._residuals
+        packs = (self._packed if in_variables else self._compiled(self._packed))(steps)
         finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in packs)])
         first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
         taking_part = tf.logical_and(steps > 0, finite)
@@ -519,7 +516,7 @@ class BlockLoop:
         if self._residuals:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
         if optimizer.overlap:
-            as_it_was = tf.logical_and(finite, not self._residuals)
+            as_it_was = tf.logical_and(finite, in_variables)
             settle = self._compiled(self._settle_sent)
             tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part))
         counts = (taking_part, stopping, steps, first)
@@ -548,6 +545,9 @@ class BlockLoop:
             wanted = self._wanted(steps)
         return self._strategy.compress(wanted) if self._residuals else (wanted, [])
 
+    def _packed(self, steps):
+        return pack(self._outgoing(steps))
+
     def _outgoing(self, steps):
         """What a replica sends but for the header, should all be finite."""
         statistics = list(map(tf.convert_to_tensor, self._statistics))
@@ -563,7 +563,7 @@ class BlockLoop:
     def _settle_residuals(self, steps, taking_part):
         """What has been sent is kept back no longer."""
         rests = self._coded(steps)[1]
-        for residual, rest in zip(self._residuals or (), rests, strict=True):
+        for residual, rest in zip(self._residuals, rests, strict=True):
             residual.assign(tf.where(taking_part, rest, residual))
 
     def _settle_sent(self, steps, taking_part):
@@ -612,19 +612,17 @@ class BlockLoop:
 
     def _attach(self, packs, header):
         """Appends the header to the last pack of its dtype, or as a pack of its own."""
-        packs = list(packs)
-        for i, flat in reversed(list(enumerate(packs))):
-            if flat.dtype == header.dtype:
-                packs[i] = tf.concat([flat, header], axis=0)
-                return packs
-        return [*packs, header]
+        i = _last_of(packs, header.dtype)
+        if i is None:
+            return [*packs, header]
+        return [*packs[:i], tf.concat([packs[i], header], axis=0), *packs[i + 1 :]]
 
     def _detach(self, packs):
         """The reverse of `_attach`, of sums."""
         optimizer = self._block_momentum
         size = 4 + self._strategy.num_replicas_in_sync
         size += optimizer.overlap or optimizer.measures_drift
-        i = max(i for i, flat in enumerate(packs) if flat.dtype == self._header_dtype)
+        i = _last_of(packs, self._header_dtype)
         rest = [packs[i][:-size]] if packs[i].shape[0] > size else []
         return [*packs[:i], *rest, *packs[i + 1 :]], packs[i][-size:]
 
@@ -634,10 +632,12 @@ class BlockLoop:
         number of its first tensor that is not finite."""
         return tf.cast(header[: 4 + self._strategy.num_replicas_in_sync], tf.float32)
 
-    def _means(self, sums, share, others):
-        """The means of the deltas and of the statistics, from their sums, packed, and the
-        reciprocals of the numbers of replicas in them."""
+    def _means(self, sums, header):
+        """The means of the deltas and of the statistics, from their sums, packed, and the summed
+        header, which says how many replicas are in them."""
         weights = len(self._block_momentum.trained_variables)
+        share = _share(header[0])
+        others = _share(header[-1]) if self._block_momentum.overlap else share
         means = [
             tf.cast(s, v.dtype) * tf.cast(share if i < weights else others, v.dtype)
             for i, (s, v) in enumerate(
@@ -645,6 +645,16 @@ class BlockLoop:
             )
         ]
         return means[:weights], means[weights:]
+
+
+def _last_of(packs, dtype):
+    """The number of the last pack of that dtype, or None."""
+    return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
+
+
+def _share(replicas):
+    """What one of so many has in a mean."""
+    return tf.math.reciprocal(tf.maximum(replicas, 1))
 
 
 def _make_finite(optimizer):
