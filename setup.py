@@ -37,7 +37,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["tf_blockmomentum", "tf_blockmomentum.*"]),
     # The oldest versions are those the tests pass on (make test-oldest). Keras 4 may move
-    # the private methods that _keras.py stands on.
+    # the private methods that _private stands on.
     install_requires=["tensorflow>=2.20", "keras>=3.12,<4", "numpy"],
     extras_require={
         "examples": EXAMPLES,

@@ -172,7 +172,7 @@ def work_blocks(options):
         if n:
             bare.append(all_reduce_seconds(strategy, sum(w.size for w in model.get_weights())))
             one.append(all_reduce_seconds(strategy, 1))
-    variables = [*model.trainable_variables, *tfbm._keras.statistics(model)]
+    variables = [*model.trainable_variables, *model.non_trainable_variables]
     size = sum(4 * math.prod(v.shape) for v in variables)
     if strategy.cluster_resolver.task_id:
         return

@@ -17,7 +17,8 @@ else:
     from tf_blockmomentum.backup import BlockBackup
     from tf_blockmomentum.callback import BlockTraining, ChiefOnly
     from tf_blockmomentum.loop import BlockLoop
-    from tf_blockmomentum.optimizer import BlockMomentum, SlowMo
+    from tf_blockmomentum.optimizer import BlockMomentum
+    from tf_blockmomentum.outer import SlowMo
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 
     _progress.install()

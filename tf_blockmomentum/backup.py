@@ -14,7 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_blockmomentum import _keras, progress
+from tf_blockmomentum import progress
+from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.boundary.exchange import sum_over_replicas
 from tf_blockmomentum.callback import (
     BlockTraining,
     give_replicas_different_seeds,
@@ -30,7 +32,7 @@ from tf_blockmomentum.pieces import (
     worker_counts,
     write,
 )
-from tf_blockmomentum.strategy import sum_over_replicas, worker_of
+from tf_blockmomentum.strategy import worker_of
 
 _OFFERED = 16  # newest backups a worker offers to the others when fit begins
 

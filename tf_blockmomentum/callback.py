@@ -5,15 +5,11 @@ import contextlib
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum import _keras, progress
-from tf_blockmomentum.loop import (
-    BlockLoop,
-    check_on_nonfinite,
-    explaining_xla,
-    make_local_steps,
-    resolve_jit,
-)
+from tf_blockmomentum import progress
+from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite
 from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.steps import explaining_xla, make_local_steps, resolve_jit
 from tf_blockmomentum.strategy import worker_of
 
 

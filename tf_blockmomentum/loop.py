@@ -1,7 +1,6 @@
 """BlockLoop: compiled local steps, and the boundary that ends a block."""
 
 import concurrent.futures
-import contextlib
 import functools
 import numbers
 import warnings
@@ -9,19 +8,12 @@ import weakref
 
 import tensorflow as tf
 
-from tf_blockmomentum import _keras, progress
-from tf_blockmomentum.optimizer import check_strategy, find, square_norm
-from tf_blockmomentum.strategy import (
-    BlockStrategy,
-    check_number,
-    pack,
-    sum_over_replicas,
-    sum_packs,
-    unpack,
-    worker_of,
-)
-
-_LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
+from tf_blockmomentum import progress
+from tf_blockmomentum.boundary.boundary import Boundary
+from tf_blockmomentum.boundary.exchange import sum_over_replicas
+from tf_blockmomentum.optimizer import check_strategy, find
+from tf_blockmomentum.steps import explaining_xla, make_local_steps, next_batch, resolve_jit
+from tf_blockmomentum.strategy import check_number, worker_of
 
 
 class BlockLoop:
@@ -93,7 +85,6 @@ class BlockLoop:
             )
         self._strategy = strategy or tf.distribute.get_strategy()
         check_strategy(self._strategy)
-        self._averaged = list(averaged_variables)
         self._jit = resolve_jit(jit_compile)
         self._skip_nonfinite = check_on_nonfinite(on_nonfinite) == "skip"
         self._position = 0  # local steps since the last boundary
@@ -107,33 +98,29 @@ class BlockLoop:
         self._drift = 0.0
         self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
         self._finished = lambda: None  # the iterator whose end all replicas have reached
-        with self._strategy.scope():
-            # Steps this replica took in this block.
-            self._steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
-            # Of the block whose deltas were sent last: what `_outgoing` puts into the header.
-            self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
-            # What compression has kept back so far.
-            self._residuals: list = []
-            if getattr(self._strategy, "compression", None):
-                self._check_built()
-                self._residuals = [
-                    tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="residual")
-                    for v in self._block_momentum.trained_variables
-                ]
+        if getattr(self._strategy, "compression", None):
+            self._check_built()
+        self._replica = replica = Boundary(
+            self._block_momentum,
+            self._strategy,
+            list(averaged_variables),
+            self._jit,
+            self._skip_nonfinite,
+        )
 
         def local_step(data):
             with self._block_momentum.local_step():
                 return step_fn(data)
 
         self._local_steps = make_local_steps(
-            local_step, self._strategy, self._jit, after_step=lambda: self._steps.assign_add(1)
+            local_step, self._strategy, self._jit, after_step=lambda: replica.steps.assign_add(1)
         )
-        self._boundary = self._on_replicas(self._replica_boundary)
-        self._send = self._on_replicas(self._leave)
-        self._begin = self._on_replicas(self._replica_begin)
-        self._land = self._on_replicas(self._replica_land)
-        self._transport = self._on_replicas(self._replica_transport)
-        self._send_again = self._on_replicas(self._replica_send_again)
+        self._boundary = self._on_replicas(replica.boundary)
+        self._send = self._on_replicas(replica.leave)
+        self._begin = self._on_replicas(replica.begin)
+        self._land = self._on_replicas(replica.land)
+        self._transport = self._on_replicas(replica.transport)
+        self._send_again = self._on_replicas(replica.send_again)
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
         self._flight: concurrent.futures.Future | None = None  # deltas on their way
         self._sum = tf.function(
@@ -147,13 +134,6 @@ class BlockLoop:
             return self._strategy.run(replica_fn, args=args)
 
         return tf.function(on_replicas, autograph=False)
-
-    def _compiled(self, replica_fn):
-        """A function of the boundary that does not communicate. For large models XLA compiles
-        it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
-        weights = sum(v.shape.num_elements() for v in self._block_momentum.trained_variables)
-        jit = self._jit or weights >= _LARGE
-        return tf.function(replica_fn, jit_compile=jit, autograph=False)
 
     @property
     def position(self):
@@ -281,7 +261,7 @@ class BlockLoop:
     @property
     def variables(self):
         """Its own state besides `position`: each replica's steps in the present block."""
-        return [self._steps, self._sent_counts, *self._residuals]
+        return self._replica.variables
 
     def go_on(self, position):
         """Goes on in the middle of a block whose variables have been restored."""
@@ -397,12 +377,14 @@ class BlockLoop:
 
     def _handle_nonfinite(self, firsts):
         """`firsts`: for each replica 0, or the number of its first tensor not finite."""
-        optimizer, variables = self._block_momentum, self._travelling
+        optimizer, variables = self._block_momentum, self._replica.travelling
         bad = {r: variables[first - 1] for r, first in enumerate(firsts) if first}
         what = "; ".join(
             f"replica {r} in variable {getattr(v, 'path', v.name)!r}" for r, v in bad.items()
         )
-        bad_is = "NaN or infinity" + (", or too large for float16" if self._residuals else "")
+        bad_is = "NaN or infinity" + (
+            ", or too large for float16" if self._replica.residuals else ""
+        )
         text = f"A delta is not finite ({bad_is}) in block {optimizer.blocks}: {what}"
         if not self._skip_nonfinite:
             raise FloatingPointError(
@@ -420,383 +402,6 @@ class BlockLoop:
         self.skipped += len(bad)
         warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=2)
 
-    # -- what is compiled ---------------------------------------------------------------------
-    #
-    # The weights pass through memory as seldom as the arithmetic allows. XLA computes each
-    # output of a function from the function's inputs alone, so what two outputs share is
-    # computed, and its inputs are read, twice: hence several small compiled functions.
-
-    def _replica_boundary(self, ended, stopping):
-        """Ends this replica's block. Returns the status, see `_status`, and the drift."""
-        sums, header = self._detach(sum_packs(self._leave(ended, stopping)))
-        status = self._status(header)
-        come_back = self._compiled(self._come_back)
-        drift = tf.cond(status[0] > 0, lambda: come_back(sums, header), lambda: 0.0)
-        self._heal()
-        return tf.concat([status, [drift]], axis=0)
-
-    def _come_back(self, sums, header):
-        """The outer step, and this replica to the anchor. Returns the drift."""
-        optimizer = self._block_momentum
-        d, others = self._means(sums, header)
-        share = _share(header[0])
-        drift = optimizer.drift(d, header[-1] * share)
-        optimizer.end_block(optimizer.deltas(), d, header[3] * share)
-        for v, value in zip(self._statistics, others, strict=True):
-            v.assign(value)
-        return drift
-
-    def _heal(self):
-        """Once the weights are finite again, the inner state of a replica that was left out."""
-        if self._skip_nonfinite:
-            first = self._sent_counts[3]
-            tf.cond(first > 0, lambda: _make_finite(self._block_momentum), lambda: None)
-
-    def _replica_begin(self, sums):
-        """With `overlap`: lands the block before (`sums`, if there was one), begins the next."""
-        if sums:
-            self._replica_land(sums)
-        self._compiled(self._block_momentum.begin_next)()
-        self._heal()
-
-    def _replica_send_again(self):
-        """What was in flight when a backup was written; no data had ended."""
-        taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
-        tensors = [*self._block_momentum.sent, *self._statistics]
-        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
-        header = self._header(taking_part > 0, False, stopping, steps, first)
-        return self._attach(pack(tensors), header)
-
-    def _replica_transport(self, packs):
-        """The all-reduce. Returns the sums and, for the host, the status."""
-        sums = sum_packs(packs)
-        return sums, tf.concat([self._status(self._detach(sums)[1]), [0.0]], axis=0)
-
-    def _replica_land(self, sums, flush=None):
-        """The outer step of the block before; with `flush` (None: never) this replica to the
-        anchor, and the statistics' means. Without it they go on as they are: moving averages of
-        a replica's own may be averaged at any later time with the same result."""
-        optimizer = self._block_momentum
-        sums, header = self._detach(sums)
-
-        def outer_step(sums, header):
-            optimizer.land(self._means(sums, header)[0])
-
-        tf.cond(header[0] > 0, lambda: self._compiled(outer_step)(sums, header), lambda: None)
-        if flush is not None:
-            optimizer.discard_block()
-        if not self._statistics or (flush is None and not self._skip_nonfinite):
-            return
-        for v, value in zip(self._statistics, self._means(sums, header)[1], strict=True):
-            own = tf.convert_to_tensor(v)
-            if flush is not None:
-                v.assign(tf.where(tf.logical_and(flush, header[-1] > 0), value, own))
-            else:
-                v.assign(tf.where(tf.math.is_finite(own), own, value))
-
-    def _leave(self, ended, stopping):
-        """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
-        as zeros if it is left out; then the header."""
-        optimizer = self._block_momentum
-        steps = tf.convert_to_tensor(self._steps)
-        self._steps.assign(tf.zeros_like(self._steps))
-        if optimizer.overlap:
-            self._compiled(self._keep)(steps)
-        # Without XLA they are parts of the variables with the deltas, not copies.
-        in_variables = optimizer.overlap and not self._residuals
-        packs = (self._packed if in_variables else self._compiled(self._packed))(steps)
-        finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in packs)])
-        first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
-        taking_part = tf.logical_and(steps > 0, finite)
-        # Not by multiplying: a replica that is left out may hold anything.
-        packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
-        if optimizer.measures_drift:
-            square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
-            square = tf.where(taking_part, square, 0.0)
-        if self._residuals:  # not one function with the next: XLA would copy before it overwrites
-            self._compiled(self._settle_residuals)(steps, taking_part)
-        if optimizer.overlap:
-            as_it_was = tf.logical_and(finite, in_variables)
-            settle = self._compiled(self._settle_sent)
-            tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part))
-        counts = (taking_part, stopping, steps, first)
-        self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
-        header = self._header(taking_part, ended, stopping, steps, first)
-        if optimizer.measures_drift:
-            header = tf.concat([header, [square]], axis=0)
-        return self._attach(packs, header)
-
-    def _wanted(self, steps):
-        """This replica's deltas and what has been kept back of them; 0 if it took no step."""
-        deltas = self._block_momentum.deltas()
-        if self._residuals:
-            deltas = [x + r for x, r in zip(deltas, self._residuals, strict=True)]
-        return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
-
-    def _keep(self, steps):
-        """With `overlap`: the deltas are in variables from now on."""
-        self._block_momentum.keep_deltas(self._wanted(steps))
-
-    def _coded(self, steps):
-        """What this replica sends as deltas, and what compression would keep back."""
-        if self._block_momentum.overlap:
-            wanted = list(map(tf.convert_to_tensor, self._block_momentum.sent))
-        else:
-            wanted = self._wanted(steps)
-        return self._strategy.compress(wanted) if self._residuals else (wanted, [])
-
-    def _packed(self, steps):
-        return pack(self._outgoing(steps))
-
-    def _outgoing(self, steps):
-        """What a replica sends but for the header, should all be finite."""
-        statistics = list(map(tf.convert_to_tensor, self._statistics))
-        if not self._block_momentum.overlap:  # with it they are averaged later, if at all
-            statistics = [tf.where(steps > 0, t, tf.zeros_like(t)) for t in statistics]
-        return [*self._coded(steps)[0], *statistics]
-
-    def _first_not_finite(self, steps):
-        """The number, from 1, of the first tensor that is not."""
-        finite = [tf.reduce_all(tf.math.is_finite(t)) for t in self._outgoing(steps)]
-        return tf.argmin(tf.cast(tf.stack([True, *finite]), tf.int32), output_type=tf.int32)
-
-    def _settle_residuals(self, steps, taking_part):
-        """What has been sent is kept back no longer."""
-        rests = self._coded(steps)[1]
-        for residual, rest in zip(self._residuals, rests, strict=True):
-            residual.assign(tf.where(taking_part, rest, residual))
-
-    def _settle_sent(self, steps, taking_part):
-        """With `overlap`: what has been sent is what is in flight."""
-        codes = self._coded(steps)[0]
-        for x, code in zip(self._block_momentum.sent, codes, strict=True):
-            x.assign(tf.where(taking_part, tf.cast(code, x.dtype), tf.zeros_like(x)))
-
-    @property
-    def _wire_specs(self):
-        """What `_outgoing` returns: shapes and dtypes."""
-        specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self._travelling]
-        if self._residuals:
-            weights = len(self._residuals)
-            specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
-        return specs
-
-    @property
-    def _travelling(self):
-        """The variables that a boundary averages, in the order of `_outgoing`."""
-        return [*self._block_momentum.trained_variables, *self._statistics]
-
-    @property
-    def _statistics(self):
-        """What is averaged at a boundary besides the weights."""
-        return [*self._averaged, *self._block_momentum.averaged_state]
-
-    def _header(self, taking_part, ended, stopping, steps, first):
-        context = tf.distribute.get_replica_context()
-        replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-        wire = self._header_dtype
-        taken = tf.where(taking_part, steps, 0)
-        numbers = [taking_part, ended, stopping, taken]
-        which = tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire)
-        counts = [tf.cast(x, wire) for x in numbers]
-        last = [tf.cast(first == 0, wire)] if self._block_momentum.overlap else []
-        return tf.concat([counts, which, last], axis=0)
-
-    @property
-    def _header_dtype(self):
-        """One that is on the wire anyway, unless it counts badly."""
-        specs = self._wire_specs
-        wire = specs[0].dtype if specs else tf.float32
-        coarse = wire in (tf.bfloat16, tf.float16) or self._block_momentum.scheduled
-        return tf.float32 if coarse else wire
-
-    def _attach(self, packs, header):
-        """Appends the header to the last pack of its dtype, or as a pack of its own."""
-        i = _last_of(packs, header.dtype)
-        if i is None:
-            return [*packs, header]
-        return [*packs[:i], tf.concat([packs[i], header], axis=0), *packs[i + 1 :]]
-
-    def _detach(self, packs):
-        """The reverse of `_attach`, of sums."""
-        optimizer = self._block_momentum
-        size = 4 + self._strategy.num_replicas_in_sync
-        size += optimizer.overlap or optimizer.measures_drift
-        i = _last_of(packs, self._header_dtype)
-        rest = [packs[i][:-size]] if packs[i].shape[0] > size else []
-        return [*packs[:i], *rest, *packs[i + 1 :]], packs[i][-size:]
-
-    def _status(self, header):
-        """From a summed header: how many replicas were averaged, how many replicas' data has
-        ended, how many ask to stop, the steps of those averaged, then for each replica 0 or the
-        number of its first tensor that is not finite."""
-        return tf.cast(header[: 4 + self._strategy.num_replicas_in_sync], tf.float32)
-
-    def _means(self, sums, header):
-        """The means of the deltas and of the statistics, from their sums, packed, and the summed
-        header, which says how many replicas are in them."""
-        weights = len(self._block_momentum.trained_variables)
-        share = _share(header[0])
-        others = _share(header[-1]) if self._block_momentum.overlap else share
-        means = [
-            tf.cast(s, v.dtype) * tf.cast(share if i < weights else others, v.dtype)
-            for i, (s, v) in enumerate(
-                zip(unpack(sums, self._wire_specs), self._travelling, strict=True)
-            )
-        ]
-        return means[:weights], means[weights:]
-
-
-def _last_of(packs, dtype):
-    """The number of the last pack of that dtype, or None."""
-    return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
-
-
-def _share(replicas):
-    """What one of so many has in a mean."""
-    return tf.math.reciprocal(tf.maximum(replicas, 1))
-
-
-def _make_finite(optimizer):
-    """Rids a replica's inner state of NaN and infinity, which would return at every step."""
-    inner = optimizer.inner_optimizer
-    averages = {id(v): w for v, w in _keras.moving_averages(inner, optimizer.trained_variables)}
-    for v in inner.variables:
-        if tf.as_dtype(v.dtype).is_floating:
-            value = tf.convert_to_tensor(v)
-            instead = averages.get(id(v), tf.zeros_like(value))
-            v.assign(tf.where(tf.math.is_finite(value), value, instead))
-
-
-def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
-    """Returns a function that takes local steps: no communication, no retracing.
-
-    Args:
-        step_fn: function of one replica's batch.
-        strategy: where it runs.
-        jit_compile: whether XLA compiles it.
-        after_step: called in the replica after each step, outside XLA.
-
-    Returns:
-        `local_steps(iterator, count, first=None, peek=False)`: takes up to `count`
-        batches, the first one from the Optional `first` if given. Returns the number
-        of batches this worker had, an int; the last outputs of `step_fn`, averaged
-        over this worker's replicas; and with `peek` the next batch, an Optional.
-    """
-    step = tf.function(step_fn, jit_compile=jit_compile, autograph=False)
-
-    def replica_step(data):
-        # A plain function around the compiled one: strategy.run would lift a bare
-        # tf.function out over all devices, and XLA refuses other devices' variables.
-        data = _keras.none_for_optional(data)
-
-        def take():
-            outputs = step(data)
-            if after_step is not None:
-                after_step()
-            return outputs
-
-        def skip():  # the other replicas share out a last, smaller batch
-            specs = step.get_concrete_function(data).structured_outputs
-            return tf.nest.map_structure(_zeros, specs)
-
-        some = _has_examples(data)
-        if some is True:
-            return take(), tf.constant(True)
-        if tf.executing_eagerly():
-            return (take() if some else skip()), some
-        return tf.cond(some, take, skip), some
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def one_step(data):
-        outputs, taken = strategy.run(replica_step, args=(data,))
-        taken = strategy.experimental_local_results(taken)
-
-        def combine(output):
-            parts = strategy.experimental_local_results(output)
-            if output is None or len(parts) == 1:
-                return parts[0]
-            parts = [tf.convert_to_tensor(part) for part in parts]  # eagerly they may be floats
-            if not parts[0].dtype.is_floating:
-                return parts[0]
-            kept = [tf.where(t, p, tf.zeros_like(p)) for t, p in zip(taken, parts, strict=True)]
-            count = tf.add_n([tf.cast(t, tf.int32) for t in taken])
-            return tf.add_n(kept) / tf.cast(tf.maximum(count, 1), parts[0].dtype)
-
-        return tf.nest.map_structure(combine, outputs), tf.reduce_any(taken)
-
-    def loop(iterator, count, first, peek):
-        # A first look at one step tells what it returns, which the loop has to know.
-        specs, _ = one_step.get_concrete_function(first.element_spec).structured_outputs
-        outputs = [_zeros(spec) for spec in tf.nest.flatten(specs) if spec is not None]
-        shapes = [spec.shape for spec in tf.nest.flatten(specs) if spec is not None]
-
-        def more(i, following, _):
-            return tf.logical_and(i < count, following.has_value())
-
-        def body(i, following, outputs):
-            new, taken = one_step(following.get_value())
-            new = [tensor for tensor in tf.nest.flatten(new) if tensor is not None]
-            outputs = tf.cond(taken, lambda: new, lambda: outputs) if new else outputs
-            if peek:
-                following = next_batch(iterator, strategy)
-            else:
-                following = tf.cond(
-                    i + 1 < count, lambda: next_batch(iterator, strategy), lambda: following
-                )
-            return i + 1, following, outputs
-
-        taken, following, outputs = tf.while_loop(
-            more,
-            body,
-            (tf.constant(0), first, outputs),
-            shape_invariants=(tf.TensorShape([]), tf.type_spec_from_value(first), shapes),
-        )
-        found = iter(outputs)
-        outputs = tf.nest.map_structure(lambda s: None if s is None else next(found), specs)
-        return taken, outputs, following if peek else None
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def from_iterator(iterator, count, peek):
-        return loop(iterator, count, next_batch(iterator, strategy), peek)
-
-    @tf.function(reduce_retracing=True, autograph=False)
-    def from_first(iterator, count, first, peek):
-        return loop(iterator, count, first, peek)
-
-    def local_steps(iterator, count, first=None, peek=False):
-        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-            # test_on_batch: the batch is this worker's, and each of its replicas takes it.
-            outputs, _ = one_step(next(iterator))
-            return 1, outputs, None
-        count = tf.constant(count)
-        if first is None:
-            taken, outputs, following = from_iterator(iterator, count, peek)
-        else:
-            taken, outputs, following = from_first(iterator, count, first, peek)
-        return int(taken), outputs, following
-
-    return local_steps
-
-
-def next_batch(iterator, strategy):
-    """The iterator's next batch as an Optional, asking this worker only."""
-    if isinstance(strategy, BlockStrategy):
-        with strategy.local_input():
-            return iterator.get_next_as_optional()
-    return iterator.get_next_as_optional()
-
-
-def resolve_jit(jit_compile):
-    """Turns "auto" into whether a GPU is present."""
-    if jit_compile == "auto":
-        return bool(tf.config.list_physical_devices("GPU"))
-    if jit_compile is True or jit_compile is False:
-        return jit_compile
-    raise ValueError(
-        f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile!r}.'
-    )
-
 
 def check_on_nonfinite(on_nonfinite):
     """Returns `on_nonfinite` if it is one of the two."""
@@ -805,34 +410,3 @@ def check_on_nonfinite(on_nonfinite):
     raise ValueError(
         f'`on_nonfinite` must be "raise" or "skip". Received: on_nonfinite={on_nonfinite!r}.'
     )
-
-
-@contextlib.contextmanager
-def explaining_xla(jit_compile):
-    """Inside, an operation that XLA cannot compile raises a ValueError with the remedy."""
-    try:
-        yield
-    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
-        if not jit_compile or "XLA" not in str(error):
-            raise
-        raise ValueError(
-            "XLA cannot compile this model's step. Received: jit_compile=True, and an operation "
-            f"XLA does not support ({str(error).strip().splitlines()[0]}). Use "
-            "jit_compile=False, or move the operation into the tf.data pipeline."
-        ) from error
-
-
-def _has_examples(data):
-    """Whether a replica's share of a batch is not empty: True if that is certain."""
-    for leaf in tf.nest.flatten(data):
-        if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
-            return True if leaf.shape[0] else tf.shape(leaf)[0] > 0
-        if isinstance(leaf, tf.RaggedTensor):
-            return leaf.nrows() > 0
-        if isinstance(leaf, tf.SparseTensor):
-            return leaf.dense_shape[0] > 0
-    return True
-
-
-def _zeros(spec):
-    return None if spec is None else tf.zeros([d or 0 for d in spec.shape], spec.dtype)

@@ -14,10 +14,8 @@ import os
 import tensorflow as tf
 
 from tf_blockmomentum import progress
+from tf_blockmomentum._private.tensorflow import set_heartbeat
 
-# Between two workers on 1 Gbit/s 19 MB took 173 ms in one piece and 159 to 162 in four or more,
-# two at once or all. With more pieces the messages begin to cost; with more at once, memory.
-_PACK_BYTES, _PACKS, _AT_ONCE = 4 << 20, 32, 2
 _MOST = 60000.0  # that rounding cannot carry past the largest float16
 
 
@@ -174,10 +172,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
             _check_tf_config(os.environ.get("TF_CONFIG"))
         heartbeat = os.environ.get("TFBM_HEARTBEAT")
         if heartbeat:
-            # Both import this module; and the cluster starts with the lines below.
-            from tf_blockmomentum import _keras
-
-            _keras.set_heartbeat(float(heartbeat))
+            set_heartbeat(float(heartbeat))  # the cluster starts with the lines below
         progress.note("waits for the other workers to start")
         try:
             super().__init__(
@@ -221,88 +216,6 @@ def worker_of(strategy):
     cluster = resolver.cluster_spec().as_dict()
     tasks = [(k, i) for k in ("chief", "worker") for i in range(len(cluster.get(k, [])))]
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
-
-
-def sum_over_replicas(tensors):
-    """Sums each tensor over all replicas, in replica context: a few large messages.
-
-    Adds one packed copy of `tensors` to memory while it runs.
-
-    Args:
-        tensors: list of floating point tensors, of the same shapes on every replica.
-
-    Returns:
-        List of the sums, of the same shapes and dtypes.
-    """
-    return unpack(sum_packs(pack(tensors)), tensors)
-
-
-def pack(tensors):
-    """Flat tensors of one dtype each and some megabytes, so that a list travels neither in one
-    message for each nor in a single one: with several on their way, one is added up while
-    another is on the link. Large tensors are cut, without a copy if XLA does not compile this;
-    small ones are put together. bfloat16, which CPU collectives do not accept, travels as
-    float32."""
-    flat = [tf.reshape(tf.cast(t, _wire(t)), [-1]) for t in tensors]
-    return [
-        tf.concat([flat[i][begin:end] for i, begin, end in pieces], axis=0)
-        for pieces in _pieces(tensors)
-    ]
-
-
-def sum_packs(packs):
-    """Sums flat tensors over all replicas, in replica context, a few at a time: each has buffers
-    of its own in TensorFlow's transport while it travels."""
-    context = tf.distribute.get_replica_context()
-    sums: list = []
-    for i, flat in enumerate(packs):
-        arrived = [sums[i - _AT_ONCE]] if i >= _AT_ONCE else []
-        with tf.control_dependencies(arrived):
-            flat = tf.identity(flat)  # in any case: an argument alone has no device
-        sums.append(context.all_reduce(tf.distribute.ReduceOp.SUM, flat))
-    return sums
-
-
-def unpack(packs, like):
-    """The reverse of `pack`: a list of tensors of the shapes and dtypes of `like`."""
-    parts: list = [[] for _ in like]
-    for flat, pieces in zip(packs, _pieces(like), strict=True):
-        own = tf.split(flat, [end - begin for _, begin, end in pieces])
-        for (i, _, _), part in zip(pieces, own, strict=True):
-            parts[i].append(part)
-    return [
-        tf.cast(tf.reshape(tf.concat(own, 0) if own else [], t.shape), t.dtype)
-        for own, t in zip(parts, like, strict=True)
-    ]
-
-
-def _pieces(tensors):
-    """For each pack, what it holds: number of the tensor, and from which element to which."""
-    members: dict = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(_wire(tensor), []).append(i)
-    packs: list = []
-    for wire, those in members.items():
-        counts = {i: tensors[i].shape.num_elements() for i in those}
-        size, room = max(_PACK_BYTES // wire.size, -(-sum(counts.values()) // _PACKS)), 0
-        small: list = []
-        for i, count in counts.items():
-            if count > size // 2:
-                each = -(-count // max(1, round(count / size)))
-                each += -each % 64  # elements, lest a part not aligned be copied
-                packs += [[(i, b, min(b + each, count))] for b in range(0, count, each)]
-            elif count:
-                if count > room:
-                    packs.append(small := [])
-                    room = size
-                small.append((i, 0, count))
-                room -= count
-    return packs
-
-
-def _wire(tensor):
-    dtype = tf.as_dtype(tensor.dtype)
-    return tf.float32 if dtype == tf.bfloat16 else dtype
 
 
 def _no_device_buffer():

@@ -22,7 +22,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_blockmomentum import _keras, launch
+from tf_blockmomentum import launch
+from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum import _keras
+from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.callback import BlockTraining, _eagerly
 from tf_blockmomentum.cost import CostModel, parse_bandwidth
 from tf_blockmomentum.optimizer import find

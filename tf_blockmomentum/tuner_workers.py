@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_blockmomentum import _keras
+from tf_blockmomentum._private import keras_tuner as private
 
 try:
     import keras_tuner as kt
@@ -343,7 +343,7 @@ def _share(oracle, workers):
     oracle.__class__ = type(cls.__name__, (_SharedOracle, cls), {})
     oracle._workers = workers
     if isinstance(oracle, kt.oracles.GridSearchOracle):
-        _keras.resume_grid_search(oracle)
+        private.resume_grid_search(oracle)
     states = workers.from_chief(lambda: [t.get_state() for t in oracle.trials.values()])
     if not workers.chief:
         trials = [kt.engine.trial.Trial.from_state(state) for state in states]

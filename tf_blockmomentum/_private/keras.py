@@ -1,4 +1,4 @@
-"""The only file that touches anything private of Keras and TensorFlow, with its reasons."""
+"""All that is private of Keras, each with its reason."""
 
 import contextlib
 import functools
@@ -379,36 +379,3 @@ def _without_jit(model):
         yield
     finally:
         model._jit_compile = before
-
-
-# -- TensorFlow -------------------------------------------------------------------------------
-
-
-def set_heartbeat(seconds):
-    """How long a worker may be silent before TensorFlow takes it for dead.
-
-    The strategy configures the coordination service itself and has no argument for it, and
-    TensorFlow has no public function: only its context object takes the number.
-    """
-    from tensorflow.python.eager import context
-
-    context = context.context()
-    context.configure_coordination_service = functools.partial(
-        type(context).configure_coordination_service,
-        context,
-        heartbeat_timeout_in_ms=int(1000 * seconds),
-    )
-
-
-# -- KerasTuner --------------------------------------------------------------------------------
-
-
-def resume_grid_search(oracle):
-    """Tells a reloaded grid search where it stands.
-
-    KerasTuner 1.4.8 does not save that, and its next trial is a KeyError or the end of the
-    search. Trials start in the grid's order, so it is known.
-    """
-    for trial_id in oracle.start_order:
-        oracle._ordered_ids.insert(trial_id)
-    oracle._populate_next.extend(oracle.end_order)

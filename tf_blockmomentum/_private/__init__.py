@@ -1,0 +1,1 @@
+"""The only files that touch anything private of the libraries we stand on."""

@@ -1,0 +1,62 @@
+"""Many tensors and few messages."""
+
+import tensorflow as tf
+
+# Between two workers on 1 Gbit/s 19 MB took 173 ms in one piece and 159 to 162 in four or more,
+# two at once or all. With more pieces the messages begin to cost; with more at once, memory.
+_PACK_BYTES, _PACKS = 4 << 20, 32
+
+
+def pack(tensors):
+    """Flat tensors of one dtype each and some megabytes, so that a list travels neither in one
+    message for each nor in a single one: with several on their way, one is added up while
+    another is on the link. Large tensors are cut, without a copy if XLA does not compile this;
+    small ones are put together. bfloat16, which CPU collectives do not accept, travels as
+    float32."""
+    flat = [tf.reshape(tf.cast(t, _wire(t)), [-1]) for t in tensors]
+    return [
+        tf.concat([flat[i][begin:end] for i, begin, end in pieces], axis=0)
+        for pieces in _pieces(tensors)
+    ]
+
+
+def unpack(packs, like):
+    """The reverse of `pack`: a list of tensors of the shapes and dtypes of `like`."""
+    parts: list = [[] for _ in like]
+    for flat, pieces in zip(packs, _pieces(like), strict=True):
+        own = tf.split(flat, [end - begin for _, begin, end in pieces])
+        for (i, _, _), part in zip(pieces, own, strict=True):
+            parts[i].append(part)
+    return [
+        tf.cast(tf.reshape(tf.concat(own, 0) if own else [], t.shape), t.dtype)
+        for own, t in zip(parts, like, strict=True)
+    ]
+
+
+def _pieces(tensors):
+    """For each pack, what it holds: number of the tensor, and from which element to which."""
+    members: dict = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(_wire(tensor), []).append(i)
+    packs: list = []
+    for wire, those in members.items():
+        counts = {i: tensors[i].shape.num_elements() for i in those}
+        size, room = max(_PACK_BYTES // wire.size, -(-sum(counts.values()) // _PACKS)), 0
+        small: list = []
+        for i, count in counts.items():
+            if count > size // 2:
+                each = -(-count // max(1, round(count / size)))
+                each += -each % 64  # elements, lest a part not aligned be copied
+                packs += [[(i, b, min(b + each, count))] for b in range(0, count, each)]
+            elif count:
+                if count > room:
+                    packs.append(small := [])
+                    room = size
+                small.append((i, 0, count))
+                room -= count
+    return packs
+
+
+def _wire(tensor):
+    dtype = tf.as_dtype(tensor.dtype)
+    return tf.float32 if dtype == tf.bfloat16 else dtype
