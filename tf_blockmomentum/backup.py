@@ -16,14 +16,14 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.boundary.exchange import sum_over_replicas
+from tf_blockmomentum._private import trainer as _trainer
+from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.callback import (
     BlockTraining,
     give_replicas_different_seeds,
     keep_seeds,
     replica_ids,
 )
-from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.pieces import (
     Damaged,
     Piece,
@@ -128,16 +128,17 @@ class BlockBackup(keras.callbacks.Callback):
                 "Use callbacks=[tfbm.BlockTraining(), ..., tfbm.BlockBackup(directory)]."
             )
         self._strategy = model.distribute_strategy
-        self._epochs = _keras.epochs_of(model)
+        self._epochs = _trainer.epochs_of(model)
         self._training = training
         self._loop = training.ready_loop(self._epochs.element_spec)
-        self._optimizer = find(model.optimizer)
+        self._loop.prepare_spec(self._epochs.element_spec)
+        self._optimizers = self._loop.optimizers
         self._worker, self._workers = worker_of(self._strategy)
         self._replicas = replica_ids(self._strategy)
         self._variables = _variables(model, self._loop)
         self._begun_with = [_plain(vars(callback)) for callback in self._callbacks]
         self._restore(self._newest())
-        self._last_blocks = self._optimizer.blocks
+        self._last_blocks = self._optimizers[0].blocks
 
     def on_epoch_begin(self, epoch, logs=None):
         """Restores the metrics, which fit has just reset."""
@@ -145,12 +146,12 @@ class BlockBackup(keras.callbacks.Callback):
             part.assign(value)
         self._metrics = []
         self._epoch = epoch
-        _keras.set_initial_epoch(self.model, None)
+        _trainer.set_initial_epoch(self.model, None)
 
     def on_train_batch_end(self, batch, logs=None):
-        due = self.every and self._optimizer.blocks >= self._last_blocks + self.every
+        due = self.every and self._optimizers[0].blocks >= self._last_blocks + self.every
         # A worker whose data has ended is not here and could not write its piece.
-        if due and not self._loop.some_ended and not self.model.stop_training:
+        if due and not self._loop.ending.ended and not self.model.stop_training:
             self._save(self._epoch, batch + 1)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -158,7 +159,7 @@ class BlockBackup(keras.callbacks.Callback):
         self._save(epoch + 1, 0)
 
     def on_train_end(self, logs=None):
-        _keras.set_initial_epoch(self.model, None)
+        _trainer.set_initial_epoch(self.model, None)
 
     # -- saving -----------------------------------------------------------------------------------
 
@@ -216,7 +217,7 @@ class BlockBackup(keras.callbacks.Callback):
                 "go on safely without its backups. Free some space or give another directory; "
                 "started again, training goes on from the last complete backup."
             ) from error
-        self._last_blocks = self._optimizer.blocks
+        self._last_blocks = self._optimizers[0].blocks
         self._names.append(directory.name)
         self._prune()
         progress.note("wrote a backup")
@@ -257,7 +258,7 @@ class BlockBackup(keras.callbacks.Callback):
                     found[name] = pieces
         offered = dict(list(found.items())[:_OFFERED])
         hashes = {_hash(name): name for name in offered}
-        rows, self._run = _exchange(self._strategy, list(hashes))
+        rows, self._run = _exchange(self._strategy, len(self._replicas), list(hashes))
         common = [name for key, name in hashes.items() if all(key in row for row in rows)]
         chosen = found[common[0]] if common else None
         newest = chosen[0].path.parent.name if chosen else ""
@@ -325,7 +326,8 @@ class BlockBackup(keras.callbacks.Callback):
         if exact:
             self._loop.go_on(meta["position"])
         else:
-            self._optimizer.discard_block()
+            for optimizer in self._optimizers:
+                optimizer.discard_block()
         self._restore_callbacks(pieces[0])
 
         def restore_position(iterator):
@@ -338,7 +340,7 @@ class BlockBackup(keras.callbacks.Callback):
 
         self._epochs.resume(meta["epochs"], step, restore_position)
         over = meta["stopped"] and step == 0
-        _keras.set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
+        _trainer.set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
         if self._worker == 0:
             text = f"BlockBackup: going on from {pieces[0].path.parent}"
             if not exact:
@@ -464,19 +466,11 @@ def _hash(name):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
-def _exchange(strategy, numbers):
-    """Gives every worker what each replica's worker offers, and all one random number: a
-    single all-reduce."""
-    replicas = strategy.num_replicas_in_sync
+def _exchange(strategy, local, numbers):
+    """Gives every worker what each replica's worker offers, and all one random number: a single
+    all-reduce. `local`: how many replicas this worker has."""
     own = [int.from_bytes(os.urandom(7), "big"), *numbers, *[0] * (_OFFERED - len(numbers))]
-
-    def replica(row):
-        number = tf.distribute.get_replica_context().replica_id_in_sync_group
-        place = tf.one_hot(number, replicas, dtype=row.dtype)
-        return sum_over_replicas([place[:, tf.newaxis] * row])[0]
-
-    exchange = tf.function(lambda row: strategy.run(replica, args=(row,)), autograph=False)
     progress.note("waits to agree on a backup")
-    rows = strategy.experimental_local_results(exchange(tf.constant(own, tf.int64)))[0].numpy()
+    rows = gather(strategy, [own] * local)
     progress.note("agreed on a backup")
     return [set(row[1:].tolist()) for row in rows], int(rows[0, 0])

@@ -1,15 +1,19 @@
 """BlockTraining: makes `model.fit` run in blocks."""
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite
+from tf_blockmomentum._private.trainer import Fit, fit_of, install
+from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
 from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.steps import explaining_xla, make_local_steps, resolve_jit
+from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import worker_of
 
 
@@ -53,69 +57,77 @@ class BlockTraining(keras.callbacks.Callback):
     2
     """
 
-    def __init__(self, jit_compile="auto", on_nonfinite="raise"):
+    def __init__(self, jit_compile: bool | str = "auto", on_nonfinite: str = "raise") -> None:
         super().__init__()
         resolve_jit(jit_compile)
         self.jit_compile = jit_compile
         self.on_nonfinite = check_on_nonfinite(on_nonfinite)
         self._loop: BlockLoop | None = None
         self._begin = 0
+        self._fit = Fit()
 
     @property
-    def skipped(self):
+    def skipped(self) -> int:
         """How many times a replica was left out of a block because it was not finite."""
         return self._loop.skipped if self._loop else 0
 
     @property
-    def drift(self):
+    def drift(self) -> float:
         """The replicas' drift at the last boundary, as `BlockLoop.drift`."""
         return self._loop.drift if self._loop else 0.0
 
     # -- Keras calls these ----------------------------------------------------------------------
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
-        block_momentum = find(model.optimizer)
-        if block_momentum is None:
+        self.attach(model)
+        model.train_function = self._train_function
+
+    def attach(self, model: keras.Model) -> None:
+        """Takes the model's training over, with the loop of an earlier fit if it fits."""
+        self._model = model
+        wrappers = _keras.optimizers_of(model, find)
+        if not wrappers:
             raise ValueError(
                 "BlockTraining needs a model compiled with BlockMomentum. Received: optimizer="
                 f"{model.optimizer!r}. Wrap it: model.compile(optimizer=tfbm.BlockMomentum(...))."
             )
-        block_momentum.check_same_scope("model", model.distribute_strategy)
-        # A fit leaves its callback's `_not_fitting` on the model; compile takes it away.
+        for block_momentum in check_together(wrappers):
+            block_momentum.check_same_scope("model", model.distribute_strategy)
+        # A fit leaves its callback on the model; compile takes it away.
         earlier = getattr(model.train_function, "__self__", None)
-        settings = (self.jit_compile, self.on_nonfinite)
-        if isinstance(earlier, BlockTraining) and settings == (
-            earlier.jit_compile,
-            earlier.on_nonfinite,
-        ):
-            self._loop = earlier._loop  # compiled already
-        else:
-            self._loop = None
-        if block_momentum.built:
-            self._prepare()
-        model.train_function = self._train_function
+        self._loop = None
+        if isinstance(earlier, BlockTraining) and earlier._loop is not None:
+            settings = (self.jit_compile, self.on_nonfinite)
+            if settings == (earlier.jit_compile, earlier.on_nonfinite):
+                self._loop = earlier._loop  # compiled already
+        self._wrappers = wrappers
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._fit = fit_of(self.model)
+        if self._loop is not None:
+            self._begin_fit()
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """A new epoch: nobody's data has ended."""
         if self._loop is not None:
             self._loop.begin_epoch()
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         self._begin = batch
 
-    def on_test_begin(self, logs=None):
-        self._flush()
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        self.flush()
 
-    def on_epoch_end(self, epoch, logs=None):
-        self._flush()
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self.flush()
 
-    def on_train_end(self, logs=None):
-        self.model.train_function = self._not_fitting
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self.model.train_function = self._between_fits
 
     # -- the training function --------------------------------------------------------------------
 
-    def _train_function(self, iterator):
+    def _train_function(self, iterator: Any) -> Any:
         """What fit calls: `steps_per_execution` local steps, fewer at the end of an epoch."""
         model = self.model
         loop = self.ready_loop(iterator.element_spec)
@@ -129,67 +141,100 @@ class BlockTraining(keras.callbacks.Callback):
                 last=total is not None and left <= steps,
                 peek=total is None,
             )
-        if loop.stopping:
+        if loop.ending.stopping:
             model.stop_training = True
         return logs
 
-    def ready_loop(self, element_spec):
+    def ready_loop(self, element_spec: Any) -> BlockLoop:
         """The loop; builds model and optimizer from the spec of a batch if need be."""
         if self._loop is None:
-            _keras.build(self.model, element_spec)
-            self._prepare()
-        assert self._loop is not None
+            model = self._model
+            _keras.build(model, element_spec)
+            _keras.check_scope(model)
+            for wrapper in self._wrappers:
+                if wrapper is not find(wrapper):  # mixed_float16's LossScaleOptimizer
+                    _keras.make_local(wrapper)
+            self._loop = BlockLoop(
+                model.train_step,
+                self._wrappers,
+                model.distribute_strategy,
+                jit_compile=model_jit(model, self.jit_compile),
+                on_nonfinite=self.on_nonfinite,
+            )
+            self._begin_fit()
         return self._loop
 
-    def before_epoch_logs(self):
+    def after_batch_callbacks(self) -> None:
+        """Called at the end of a batch after all callbacks. One that wants to stop is heard of at
+        the next boundary, at which all workers stop together."""
+        loop = self._loop
+        if loop is None or not self.model.stop_training or loop.ending.stopping:
+            return
+        if worker_of(self.model.distribute_strategy)[1] > 1:
+            loop.wants_to_stop, self.model.stop_training = True, False
+
+    def before_epoch_logs(self) -> None:
         """Called where fit is about to reduce an epoch's metrics over the replicas: brings
         all workers here."""
         loop = self._fitting_loop()
         if loop is not None:
-            loop.end_epoch(stopping=self.model.stop_training)
-            self.model.stop_training |= loop.stopping
+            loop.wants_to_stop |= bool(self.model.stop_training)
+            loop.end_epoch()
+            self.model.stop_training |= loop.ending.stopping
 
-    def after_callbacks(self):
+    def after_callbacks(self) -> None:
         """Called at the end of an epoch after all callbacks: brings all workers to the same
-        decision whether to stop."""
+        decision whether to stop, and whether to leave."""
         loop = self._fitting_loop()
         if loop is not None:
-            self.model.stop_training = loop.any_worker(self.model.stop_training)
+            leaving = loop.wants_to_leave or loop.ending.leaving
+            wish = loop.ending.largest(2 * leaving + bool(self.model.stop_training))
+            self.model.stop_training, loop.ending.leaving = wish > 0, wish > 1
 
-    def _fitting_loop(self):
-        return self._loop if self.model.train_function == self._train_function else None
+    def _fitting_loop(self) -> BlockLoop | None:
+        return self._loop if self._model.train_function == self._train_function else None
 
-    def _prepare(self):
-        """Once model and optimizer are built."""
-        model, optimizer = self.model, find(self.model.optimizer)
-        if self._loop is None:
-            if model.optimizer is not optimizer:  # mixed_float16's LossScaleOptimizer
-                _keras.make_local(model.optimizer)
-            self._loop = BlockLoop(
-                model.train_step,
-                model.optimizer,
-                model.distribute_strategy,
-                averaged_variables=_keras.statistics(model),
-                jit_compile=model_jit(model, self.jit_compile),
-                on_nonfinite=self.on_nonfinite,
-            )
-        if self._loop.at_anchor:
-            optimizer.restart_block()
+    @property
+    def log_specs(self) -> Any:
+        """What a step returns, if one has been traced."""
+        return self._loop.log_specs if self._loop else None
+
+    def _begin_fit(self) -> None:
+        """The model's weights may be others than at the last fit's end, and its seeds."""
+        assert self._loop is not None
+        model = self._model
+        self._loop.begin_fit(lambda: _keras.shared_variables(model), self._fit.data)
+        self._loop.ending.on_nonfinite = "stop" if self._fit.stops_on_nan else self.on_nonfinite
         generators = _keras.seed_generators(model)
         ids = replica_ids(model.distribute_strategy) if generators else []
         for generator in generators:
             give_replicas_different_seeds(generator, model.distribute_strategy, ids)
 
-    def _flush(self):
+    def flush(self) -> None:
+        """Before somebody looks at the model."""
         if self._loop is not None:
-            self._loop.flush()
+            with _eagerly(self._model.run_eagerly):
+                self._loop.flush()
 
-    def _not_fitting(self, iterator):
-        raise RuntimeError(
-            "This model was compiled with BlockMomentum, so fit needs "
-            "callbacks=[tfbm.BlockTraining()]. Without it replicas would train without ever "
-            "being averaged. For stock training, compile with another optimizer."
-        )
+    def _between_fits(self, data: Any) -> Any:
+        """What `train_on_batch` calls: one local step. The loop goes on from batch to batch."""
+        if isinstance(data, tf.data.Iterator | tf.distribute.DistributedIterator):
+            raise RuntimeError(
+                "This model was compiled with BlockMomentum, so fit needs "
+                "callbacks=[tfbm.BlockTraining()]. Without it replicas would train without ever "
+                "being averaged. For stock training, compile with another optimizer."
+            )
+        batch = next(iter(data))
+        loop = self.ready_loop(tf.nest.map_structure(_spec_of, batch))
+        with _eagerly(self._model.run_eagerly):
+            return loop.run_batch(batch)
+
+
+def between_fits(model: keras.Model) -> Callable[[Any], Any]:
+    """The training function of a model for which no fit is under way."""
+    training = BlockTraining()
+    training.attach(model)
+    return training._between_fits
 
 
 class ChiefOnly(keras.callbacks.Callback):
@@ -246,9 +291,9 @@ def make_test_function(model):
     """What evaluate calls under a block strategy: steps without communication; the metrics
     are reduced over the replicas when Keras reads them, once at the end."""
     jit_compile = model_jit(model, "auto")
-    local_steps = make_local_steps(model.test_step, model.distribute_strategy, jit_compile)
+    local_steps = LocalSteps(model.test_step, model.distribute_strategy, jit_compile)
 
-    def test_function(iterator):
+    def test_function(iterator: Any) -> Any:
         with _eagerly(model.run_eagerly), explaining_xla(jit_compile):
             taken, logs, _ = local_steps(iterator, model.steps_per_execution)
         progress.note("evaluates")
@@ -256,10 +301,11 @@ def make_test_function(model):
             raise StopIteration
         return logs
 
+    test_function.steps = local_steps  # type: ignore[attr-defined]
     return test_function
 
 
-_keras.install(make_test_function)
+install(make_test_function, between_fits)
 
 
 def model_jit(model, jit_compile):
@@ -326,3 +372,9 @@ def _eagerly(run_eagerly):
         yield
     finally:
         tf.config.run_functions_eagerly(before)
+
+
+def _spec_of(leaf: Any) -> Any:
+    if leaf is None or isinstance(leaf, tf.SparseTensor | tf.RaggedTensor):
+        return leaf
+    return tf.TensorSpec(np.shape(leaf), getattr(leaf, "dtype", "float32"))

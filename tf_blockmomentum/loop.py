@@ -1,19 +1,19 @@
 """BlockLoop: compiled local steps, and the boundary that ends a block."""
 
-import concurrent.futures
-import functools
+import contextlib
 import numbers
-import warnings
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from tf_blockmomentum import progress
-from tf_blockmomentum.boundary.boundary import Boundary
-from tf_blockmomentum.boundary.exchange import sum_over_replicas
-from tf_blockmomentum.optimizer import check_strategy, find
-from tf_blockmomentum.steps import explaining_xla, make_local_steps, next_batch, resolve_jit
-from tf_blockmomentum.strategy import check_number, worker_of
+from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.boundary.ending import Ending
+from tf_blockmomentum.optimizer import BlockMomentum, check_strategy, find
+from tf_blockmomentum.start import start_alike
+from tf_blockmomentum.steps import LocalSteps, building, explaining_xla, next_batch, resolve_jit
+from tf_blockmomentum.strategy import check_number
 
 
 class BlockLoop:
@@ -32,12 +32,16 @@ class BlockLoop:
     Args:
         step_fn: function of one batch (one replica's share), run in every replica. It
             computes gradients and calls `optimizer.apply`, and returns scalars or
-            other tensors of fixed shape, in any structure, or None. As usual under
-            `tf.distribute` the loss is scaled by 1/P; `keras.losses` do that.
-        optimizer: a built `BlockMomentum`, or Keras's LossScaleOptimizer around one.
+            other tensors of fixed shape, in any structure, or None. The loss is that of
+            one device: inside, there is one replica, and nothing is divided by P.
+        optimizer: a `BlockMomentum`, or Keras's LossScaleOptimizer around one, or a
+            list of several (a GAN's), whose `sync_period` must then be the same number.
+            One that is not built yet is built with the variables it is applied to.
         strategy: a block strategy, or None for one replica.
         averaged_variables: per-replica variables that are replaced by their means at
-            a boundary, such as BatchNormalization's moving statistics.
+            a boundary whatever the step does with them. Keras variables that the step
+            assigns, such as BatchNormalization's moving statistics, need not be named:
+            docs/your_script.md has the rule for each.
         jit_compile: True compiles a replica's step with XLA; False does not; "auto"
             does where a GPU is present.
         on_nonfinite: what to do about a replica with NaN or infinite weights or
@@ -47,10 +51,11 @@ class BlockLoop:
 
     Raises:
         TypeError: `optimizer` is not a BlockMomentum.
-        ValueError: a strategy without per-replica variables, or a `jit_compile` or
-            `on_nonfinite` that is none of the above.
+        ValueError: a strategy without per-replica variables, a `jit_compile` or
+            `on_nonfinite` that is none of the above, or optimizers whose blocks differ.
         FloatingPointError: from `run` and `flush`, on every worker: a replica is not finite
             and `on_nonfinite="raise"`, or no replica is.
+        RuntimeError: from `run` and `flush`: the workers have come to train different models.
 
     Example:
 
@@ -70,104 +75,82 @@ class BlockLoop:
 
     def __init__(
         self,
-        step_fn,
-        optimizer,
-        strategy=None,
-        averaged_variables=(),
-        jit_compile="auto",
-        on_nonfinite="raise",
-    ):
-        self._block_momentum = find(optimizer)
-        if self._block_momentum is None:
-            raise TypeError(
-                "BlockLoop needs a BlockMomentum optimizer. Received: optimizer="
-                f"{optimizer!r}. Wrap yours: tfbm.BlockMomentum(optimizer)."
-            )
+        step_fn: Callable,
+        optimizer: BlockMomentum | Any | Sequence[Any],
+        strategy: tf.distribute.Strategy | None = None,
+        averaged_variables: Iterable[Any] = (),
+        jit_compile: bool | str = "auto",
+        on_nonfinite: str = "raise",
+    ) -> None:
+        wrappers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        self.optimizers = check_together(wrappers)
+        self._wrappers = wrappers
         self._strategy = strategy or tf.distribute.get_strategy()
         check_strategy(self._strategy)
         self._jit = resolve_jit(jit_compile)
-        self._skip_nonfinite = check_on_nonfinite(on_nonfinite) == "skip"
+        self.ending = Ending(
+            self.optimizers,
+            wrappers,
+            self._strategy,
+            averaged_variables,
+            self._jit,
+            check_on_nonfinite(on_nonfinite),
+        )
         self._position = 0  # local steps since the last boundary
         # Batches taken from the present iterator. It is not kept alive: TensorFlow may wait
         # forever for one that is left over when the process ends.
-        self._iterator = lambda: None
+        self._iterator: Callable[[], Any] = lambda: None
         self._taken = 0
-        self._ended = 0  # replicas whose data had ended at the last boundary
-        self._stopping = False  # whether a worker has asked all to stop
-        self.skipped = 0
-        self._drift = 0.0
         self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
-        self._finished = lambda: None  # the iterator whose end all replicas have reached
-        if getattr(self._strategy, "compression", None):
-            self._check_built()
-        self._replica = replica = Boundary(
-            self._block_momentum,
-            self._strategy,
-            list(averaged_variables),
-            self._jit,
-            self._skip_nonfinite,
-        )
+        self._finished: Callable[[], Any] = lambda: None  # whose end all replicas have reached
+        self._traced = False
+        self.wants_to_stop = False  # this worker, at the next boundary, with all others
+        self.wants_to_leave = False  # and to end the process
+        self._begun: Callable[[], None] | None = None
+        self._epoch_begins = True
+        self.begin_fit()
 
-        def local_step(data):
-            with self._block_momentum.local_step():
+        def local_step(data: Any) -> Any:
+            with contextlib.ExitStack() as stack:
+                for block_momentum in self.optimizers:
+                    stack.enter_context(block_momentum.local_step())
+                stack.enter_context(self.ending.rules.recording())
                 return step_fn(data)
 
-        self._local_steps = make_local_steps(
-            local_step, self._strategy, self._jit, after_step=lambda: replica.steps.assign_add(1)
-        )
-        self._boundary = self._on_replicas(replica.boundary)
-        self._send = self._on_replicas(replica.leave)
-        self._begin = self._on_replicas(replica.begin)
-        self._land = self._on_replicas(replica.land)
-        self._transport = self._on_replicas(replica.transport)
-        self._send_again = self._on_replicas(replica.send_again)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
-        self._flight: concurrent.futures.Future | None = None  # deltas on their way
-        self._sum = tf.function(
-            lambda x: self._strategy.run(lambda x: sum_over_replicas([x])[0], args=(x,)),
-            autograph=False,
+        steps = self.ending.replica.steps
+        self._local_steps = LocalSteps(
+            local_step, self._strategy, self._jit, after_step=lambda: steps.assign_add(1)
         )
 
-    def _on_replicas(self, replica_fn):
-        @functools.wraps(replica_fn)
-        def on_replicas(*args):
-            return self._strategy.run(replica_fn, args=args)
-
-        return tf.function(on_replicas, autograph=False)
+        self.take_steps: Callable = self._local_steps
 
     @property
-    def position(self):
+    def position(self) -> int:
         """Local steps since the last boundary, from 0 to K - 1."""
         return self._position
 
     @property
-    def at_anchor(self):
+    def at_anchor(self) -> bool:
         """Whether no block has begun, and no deltas are in flight."""
-        return self._position == 0 and self._flight is None
+        return self._position == 0 and not self.ending.in_flight
 
     @property
-    def drift(self):
+    def drift(self) -> float:
         """The replicas' drift at the last boundary, if the schedule of `sync_period` measures it
         (0 if not): how far they were from their mean, relative to the anchor's norm."""
-        return self._drift
+        return self.ending.drift
 
     @property
-    def stopping(self):
-        """Whether a worker asked all to stop at the last boundary."""
-        return self._stopping
+    def skipped(self) -> int:
+        """How many times a replica was left out of a block because it was not finite."""
+        return self.ending.skipped
 
-    @property
-    def some_ended(self):
-        """Whether the data of a replica had ended at the last boundary."""
-        return self._ended > 0
-
-    @property
-    def all_ended(self):
-        """Whether the data of all replicas has ended, all of them knowing it."""
-        return self._ended == self._strategy.num_replicas_in_sync
-
-    def run(self, iterator, steps):
+    def run(self, iterator: Any, steps: int) -> Any:
         """Takes up to `steps` local steps, ending every block that becomes full.
+
+        The first call compares the workers' weights, and all take the chief's if they differ.
+        Weights that were set since the last call (`set_weights`, `load_weights`, an assignment)
+        are the new anchor; set them on all workers alike.
 
         Args:
             iterator: from `iter(strategy.experimental_distribute_dataset(dataset))`, or
@@ -183,17 +166,17 @@ class BlockLoop:
         """
         return self._run(iterator, steps)
 
-    def flush(self):
+    def flush(self) -> None:
         """Ends the current block early, if it has begun, and with `overlap` lands what is in
-        flight: all replicas are at the anchor then. All workers call it alike."""
-        if self._position:
-            self._end_block(ended=False)
-        if self._flight is not None:
-            self._land_flight(flush=True)
+        flight: all replicas are at the anchor then, and all other state is the same on all
+        replicas too, but the inner optimizers'. All workers call it alike."""
+        self._notice_weights_set()
+        self._end_block_begun()
+        self.ending.settle()
 
     # -- Python decides where blocks end ------------------------------------------------------
 
-    def _run(self, iterator, steps, last=False, peek=False):
+    def _run(self, iterator: Any, steps: int, last: bool = False, peek: bool = False) -> Any:
         """As `run`. `last`: this worker's data ends with these steps. `peek`: it may end
         anywhere, so look for the next batch, to know the last block for the last."""
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
@@ -202,18 +185,19 @@ class BlockLoop:
                 "iter(strategy.experimental_distribute_dataset(dataset)). Received: "
                 f"{type(iterator).__name__}."
             )
-        self._check_built()
         check_number("steps", steps, numbers.Integral, "a whole number of at least 1", 1)
         if self.has_finished(iterator):
             raise StopIteration
+        self.prepare(lambda: self._local_steps.trace(iterator, peek))
+        self.begin()
         logs, remaining = None, steps
         while remaining > 0:
-            period = self._block_momentum.period
+            period = self.optimizers[0].period
             wanted = min(remaining, max(period - self._position, 1))
             first, self._lookahead = self._lookahead, None
             first = first[1] if first and first[0] is iterator else None
             with explaining_xla(self._jit):
-                taken, new_logs, following = self._local_steps(iterator, wanted, first, peek)
+                taken, new_logs, following = self.take_steps(iterator, wanted, first, peek)
             self._position += taken
             self._count(iterator, taken)
             remaining -= taken
@@ -228,56 +212,115 @@ class BlockLoop:
             if ended:
                 over = taken < wanted or not last
                 self._finished = weakref.ref(iterator) if over else lambda: None
-            if ended or self._stopping:
                 break
         if remaining == steps:
             raise StopIteration
         return logs
 
-    def _check_built(self):
-        if not self._block_momentum.built:
-            raise ValueError(
-                "The optimizer must be built before the first step. Call "
-                "optimizer.build(model.trainable_variables), inside strategy.scope()."
-            )
+    def run_batch(self, data: Any) -> Any:
+        """One local step on a batch that is this worker's own, for `train_on_batch`."""
+        self.prepare(lambda: None)
+        self.begin()
+        logs = self._local_steps.one_step(data)[0]
+        self._position += 1
+        if self._position >= self.optimizers[0].period:
+            self._end_block(ended=False)
+        return logs
+
+    def prepare(self, trace: Callable[[], Any]) -> None:
+        """Traces a step before the first is taken: it tells which variables are updated and
+        assigned, and builds optimizers that nobody has built."""
+        if not self._traced and not tf.config.functions_run_eagerly():
+            building(trace, self._strategy)
+            self.ending.ready()
+        self._traced = True
+
+    def prepare_spec(self, element_spec: Any) -> None:
+        """As `prepare`, from the spec of a batch."""
+        self.prepare(lambda: self._local_steps.trace_spec(element_spec))
+
+    def begin_fit(self, variables: Callable[[], Iterable[Any]] = tuple, data: int = 0) -> None:
+        """A new fit, whose first step compares the workers' variables, besides those of the
+        optimizers, and what they say of their data."""
+
+        def begun() -> None:
+            self._position = 0
+            self.ending.drop()
+            built = [w for w, o in zip(self._wrappers, self.optimizers, strict=True) if o.built]
+            start_alike(self._strategy, built, list(variables()), data)
+            self._epoch_begins = False
+
+        self._begun = begun
+
+    def begin(self) -> None:
+        """Before a step: compares, if it is the first, and notices weights that were set."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun()
+        self._notice_weights_set()
+
+    def _notice_weights_set(self) -> None:
+        """Weights that a callback has set, on all workers, are the new anchor."""
+        optimizers, everything = self.optimizers, self._epoch_begins and self.at_anchor
+        self._epoch_begins = False
+        trained = [v for o in optimizers if o.built for v in o.trained_variables]
+        assigned = _keras.take_assigned(trained)
+        if not trained or not (assigned or everything):
+            return
+        if self.at_anchor:
+            found = self.ending.set_between()
+            values = [tf.convert_to_tensor(v) for v in found]
+        else:  # they were set in the middle of a block, which ends here without them
+            found, values = assigned, [tf.convert_to_tensor(v) for v in assigned]
+            self.ending.go_back(found)
+            self.ending.weights_set = True
+            self._end_block_begun()
+            if self.ending.in_flight:
+                self.ending.land(flush=True)
+        anchors = {id(v): a for o in optimizers for v, a in o.pairs}
+        for v, value in zip(found, values, strict=True):
+            v.assign(value)
+            anchors[id(v)].assign(value)
+        _keras.take_assigned(trained)
+        self.ending.weights_set = bool(found)
 
     @property
-    def batches(self):
+    def batches(self) -> tuple[Any, int, bool]:
         """The present iterator, how many of its batches have been trained on, and whether
         one more has been taken from it already."""
         iterator = self._iterator()
         one_more = self._lookahead is not None and self._lookahead[0] is iterator
         return iterator, self._taken, one_more
 
-    def _count(self, iterator, batches):
+    def _count(self, iterator: Any, batches: int) -> None:
         if self._iterator() is not iterator:
             self._iterator, self._taken = weakref.ref(iterator), 0
         self._taken += batches
 
-    def has_finished(self, iterator):
+    def has_finished(self, iterator: Any) -> bool:
         """Whether all replicas have come to the end of this iterator's data."""
         return self._finished() is iterator
 
     @property
-    def variables(self):
-        """Its own state besides `position`: each replica's steps in the present block."""
-        return self._replica.variables
+    def variables(self) -> list[Any]:
+        """Its own state besides `position`."""
+        return self.ending.replica.variables
 
-    def go_on(self, position):
+    def go_on(self, position: int) -> None:
         """Goes on in the middle of a block whose variables have been restored."""
+        self._begun = None
+        self._epoch_begins = False
         self._position = position
-        if self._block_momentum.in_flight:
-            self._depart(self._send_again())
-            assert self._flight is not None
-            self._flight.result()  # others may communicate before the next step
+        self.ending.go_on()
+        self.ending.forget_assignments()
 
-    def skip(self, iterator, count, taken=0):
+    def skip(self, iterator: Any, count: int, taken: int = 0) -> None:
         """Takes `count` batches without training on them, on this worker alone; `taken`
         more have been taken from the iterator already."""
         strategy = self._strategy
 
         @tf.function(autograph=False)
-        def take(iterator, count):
+        def take(iterator: Any, count: tf.Tensor) -> None:
             tf.while_loop(
                 lambda i, more: tf.logical_and(i < count, more),
                 lambda i, more: (i + 1, next_batch(iterator, strategy).has_value()),
@@ -288,122 +331,51 @@ class BlockLoop:
             take(iterator, tf.constant(count))
         self._count(iterator, count + taken)
 
-    def begin_epoch(self):
+    def begin_epoch(self) -> None:
         """Forgets that data had ended, and whether to stop."""
-        self._ended, self._stopping = 0, False
+        self.ending.ended, self.ending.stopping, self.wants_to_stop = 0, False, False
+        self._epoch_begins = True
 
-    def end_epoch(self, stopping):
-        """Ends this worker's part of an epoch, however it came to its end; `stopping`: whether
-        this worker wants to stop."""
-        if not self.all_ended:
-            self._end_block(ended=True, stopping=stopping)
+    def end_epoch(self) -> None:
+        """Ends this worker's part of an epoch, however it came to its end."""
+        self.begin()
+        if not self.ending.all_ended:
+            self._end_block(ended=True)
 
-    def any_worker(self, wish):
-        """Whether any worker's wish is True; all workers ask alike."""
-        if worker_of(self._strategy)[1] == 1:
-            return wish
-        wishes = self._sum(tf.constant(float(wish)))
-        return float(self._strategy.experimental_local_results(wishes)[0]) > 0
+    @property
+    def log_specs(self) -> Any:
+        """What a step returns, if one has been traced."""
+        return self._local_steps.specs
 
-    def _end_block(self, ended, stopping=False):
-        """The boundary. A replica whose data has ended goes on taking part, without steps,
-        until the others' has ended too: all make the same number of boundaries."""
-        while True:
-            progress.note("waits in a boundary")
-            self._position = 0
-            flags = tf.constant(ended), tf.constant(stopping)
-            if self._block_momentum.overlap:
-                self._send_block(*flags)
-                if ended:
-                    self._land_flight()
-            else:
-                period = self._block_momentum.period
-                self._take_note(self._first(self._boundary(*flags)), period)
-            progress.note("ended a block")
-            if not ended or self.all_ended:
-                return
+    def _end_block_begun(self) -> None:
+        if self._position:
+            self._end_block(ended=False)
 
-    def _take_note(self, status, period=None):
-        """Of what a boundary has told this worker."""
-        replicas = self._strategy.num_replicas_in_sync
-        counts, self._drift = status[: 4 + replicas], float(status[-1])
-        active, self._ended, stop, steps, *nonfinite = map(round, counts.tolist())
-        if period:
-            self._block_momentum.adapt_period(period, round(steps / max(active, 1)), self._drift)
-        self._stopping = stop > 0
-        if any(nonfinite):
-            self._handle_nonfinite(nonfinite)
+    def _end_block(self, ended: bool) -> None:
+        self._position = 0
+        self.ending.end(ended, self.wants_to_stop, self.wants_to_leave)
 
-    def _first(self, values):
-        return self._strategy.experimental_local_results(values)[0].numpy()
 
-    # -- overlap ------------------------------------------------------------------------------
-
-    def _send_block(self, ended, stopping):
-        """Ends a block: sends its deltas, lands those of the one before, and begins the next."""
-        sums, status = self._arrive() if self._flight else ([], None)
-        self._depart(self._send(ended, stopping))
-        self._begin(sums)
-        if status is not None:
-            self._take_note(status)
-
-    def _land_flight(self, flush=False):
-        """Waits for what is in flight, and goes to the anchor. `flush`, or that the data of
-        all replicas has ended: statistics become their means."""
-        sums, status = self._arrive()
-        replicas = self._strategy.num_replicas_in_sync
-        flush = flush or round(float(status[1])) == replicas
-        self._land(sums, tf.constant(flush))
-        self._take_note(status)
-
-    def _depart(self, packs):
-        """Starts the all-reduce. All workers start theirs in the same order, and no other
-        collective before this one has arrived: nothing else communicates within an epoch."""
-        if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread
-            self._flight = concurrent.futures.Future()
-            self._flight.set_result(self._transport(packs))
-        else:
-            self._flight = self._thread.submit(self._transport, packs)
-
-    def _arrive(self):
-        assert self._flight is not None
-        flight, self._flight = self._flight, None
-        sums, status = flight.result()
-        status = self._first(status)
-        if any(status[4:-1]) and not self._skip_nonfinite:
-            self._land(sums, tf.constant(True))
-            self._take_note(status)  # raises
-        return sums, status
-
-    def _handle_nonfinite(self, firsts):
-        """`firsts`: for each replica 0, or the number of its first tensor not finite."""
-        optimizer, variables = self._block_momentum, self._replica.travelling
-        bad = {r: variables[first - 1] for r, first in enumerate(firsts) if first}
-        what = "; ".join(
-            f"replica {r} in variable {getattr(v, 'path', v.name)!r}" for r, v in bad.items()
+def check_together(wrappers: Sequence[Any]) -> list[BlockMomentum]:
+    """Returns the BlockMomentum optimizers of a loop, if their blocks can end together."""
+    found = [find(optimizer) for optimizer in wrappers]
+    if not found or None in found:
+        received = wrappers[0] if len(wrappers) == 1 else list(wrappers)
+        raise TypeError(
+            f"BlockLoop needs a BlockMomentum optimizer. Received: optimizer={received!r}. "
+            "Wrap yours: tfbm.BlockMomentum(optimizer)."
         )
-        bad_is = "NaN or infinity" + (
-            ", or too large for float16" if self._replica.residuals else ""
+    alike = {(o.sync_period if isinstance(o.sync_period, int) else None, o.overlap) for o in found}
+    if len(found) > 1 and (len(alike) > 1 or None in {period for period, _ in alike}):
+        received = ", ".join(f"{o.sync_period!r} (overlap={o.overlap})" for o in found)
+        raise ValueError(
+            "Several BlockMomentum optimizers of one model end their blocks together: they need "
+            f"the same number for `sync_period`, and the same `overlap`. Received: {received}."
         )
-        text = f"A delta is not finite ({bad_is}) in block {optimizer.blocks}: {what}"
-        if not self._skip_nonfinite:
-            raise FloatingPointError(
-                f'{text}. Received: on_nonfinite="raise". The anchor is finite, made without that '
-                "replica. Lower the inner learning rate, clip gradients (clipnorm on the inner "
-                "optimizer) or look for bad examples in its data; or leave such replicas out of "
-                'the block with on_nonfinite="skip".'
-            )
-        if len(bad) == len(firsts):
-            raise FloatingPointError(
-                f'{text}. Received: on_nonfinite="skip", and no replica is left for the mean. '
-                "Lower the inner learning rate, or clip gradients (clipnorm on the inner "
-                "optimizer)."
-            )
-        self.skipped += len(bad)
-        warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=2)
+    return found
 
 
-def check_on_nonfinite(on_nonfinite):
+def check_on_nonfinite(on_nonfinite: str) -> str:
     """Returns `on_nonfinite` if it is one of the two."""
     if on_nonfinite in ("raise", "skip"):
         return on_nonfinite

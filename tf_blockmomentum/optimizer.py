@@ -2,22 +2,31 @@
 
 import contextlib
 import numbers
+from typing import Any
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.boundary.exchange import sum_over_replicas
+from tf_blockmomentum.algorithm import Blocks
 from tf_blockmomentum.outer import A_MOMENTUM, SlowMo
 from tf_blockmomentum.strategy import BlockStrategy, check_number
 
 _NO_STRATEGY = tf.distribute.get_strategy()
+_A_RATE = "a number of at least 0"
+
+
+class NotBuilt(Exception):
+    """A step applied an optimizer that is not built yet; to which variables."""
+
+    def __init__(self, optimizer, variables):
+        super().__init__(optimizer.name)
+        self.optimizer, self.variables = optimizer, variables
 
 
 @keras.saving.register_keras_serializable(package="tf_blockmomentum")
-class BlockMomentum(_keras.LocalUpdate):
+class BlockMomentum(Blocks, _keras.LocalUpdate):
     r"""Wraps a Keras optimizer for local training in blocks with block momentum (M-AVG).
 
     Every replica $j$ of $P$ takes $K$ steps of its own `inner_optimizer` on its own
@@ -162,22 +171,98 @@ class BlockMomentum(_keras.LocalUpdate):
         _keras.make_local(self.inner_optimizer)
         _keras.make_local(self.outer_optimizer)
         self._stepping = False
+        self.updating = False
+        self.version = 0  # of what is compiled with its settings
+        self._updated, self._overwritten = set(), set()
 
     def _make_outer_optimizer(self, block_momentum, nesterov, block_learning_rate):
-        self.block_momentum = 0.5 if block_momentum is None else block_momentum
-        self.nesterov = bool(nesterov)
-        self.block_learning_rate = 1.0 if block_learning_rate is None else block_learning_rate
-        check_number("block_momentum", self.block_momentum, numbers.Real, A_MOMENTUM, 0, 1)
-        expected = "a number of at least 0"
-        check_number("block_learning_rate", self.block_learning_rate, numbers.Real, expected, 0)
-        self.block_momentum = float(self.block_momentum)
-        self.block_learning_rate = float(self.block_learning_rate)
+        beta = 0.5 if block_momentum is None else block_momentum
+        zeta = 1.0 if block_learning_rate is None else block_learning_rate
+        check_number("block_momentum", beta, numbers.Real, A_MOMENTUM, 0, 1)
+        check_number("block_learning_rate", zeta, numbers.Real, _A_RATE, 0)
+        self._settings: dict[str, Any] = {
+            "momentum": float(beta),
+            "zeta": float(zeta),
+            "nesterov": bool(nesterov),
+        }
         return keras.optimizers.SGD(
-            learning_rate=self.block_learning_rate,
-            momentum=self.block_momentum,
-            nesterov=self.nesterov,
-            name="outer",
+            learning_rate=float(zeta), momentum=float(beta), nesterov=bool(nesterov), name="outer"
         )
+
+    # What may be set later, by a callback on every worker: what is compiled then is made anew.
+
+    @property
+    def block_momentum(self):
+        """beta; None with an `outer_optimizer`. Can be set, on all workers alike."""
+        return self._settings["momentum"]
+
+    @block_momentum.setter
+    def block_momentum(self, beta):
+        self._check_own_outer_step("block_momentum", beta)
+        check_number("block_momentum", beta, numbers.Real, A_MOMENTUM, 0, 1)
+        if beta and self.outer_optimizer.built and not self.outer_optimizer.momentums:
+            raise ValueError(
+                "This BlockMomentum was built with block_momentum=0 and keeps no velocity. "
+                f"Received: block_momentum={beta!r}. To raise it later, begin with a small one, "
+                "such as block_momentum=1e-6."
+            )
+        # Keras's SGD leaves the velocity alone at 0; it should forget instead.
+        forgets = not beta and self.outer_optimizer.momentums if self.built else False
+        self.outer_optimizer.momentum = 1e-30 if forgets else float(beta)
+        self._set("momentum", float(beta))
+
+    @property
+    def block_learning_rate(self):
+        """zeta; None with an `outer_optimizer`. Can be set, on all workers alike."""
+        return self._settings["zeta"]
+
+    @block_learning_rate.setter
+    def block_learning_rate(self, zeta):
+        self._check_own_outer_step("block_learning_rate", zeta)
+        check_number("block_learning_rate", zeta, numbers.Real, _A_RATE, 0)
+        self.outer_optimizer.learning_rate = float(zeta)
+        self._set("zeta", float(zeta))
+
+    @property
+    def nesterov(self):
+        """Whether the outer step looks ahead; None with an `outer_optimizer`. Can be set."""
+        return self._settings["nesterov"]
+
+    @nesterov.setter
+    def nesterov(self, nesterov):
+        self._check_own_outer_step("nesterov", nesterov)
+        self.outer_optimizer.nesterov = bool(nesterov)
+        self._set("nesterov", bool(nesterov))
+
+    @property
+    def sync_period(self):
+        """K, or its schedule. A number can be set to another, on all workers alike."""
+        return self._period
+
+    @sync_period.setter
+    def sync_period(self, sync_period):
+        sync_period = schedules.check_schedule(sync_period)
+        before = getattr(self, "_period", sync_period)
+        if (
+            not (isinstance(before, int) and isinstance(sync_period, int))
+            and before != sync_period
+        ):
+            raise ValueError(
+                "A schedule of `sync_period` cannot be set later, nor one replaced. Received: "
+                f"sync_period={sync_period!r} in place of {before!r}. Give it to BlockMomentum."
+            )
+        self._period = sync_period
+
+    def _check_own_outer_step(self, name, value):
+        if self._settings["momentum"] is None:
+            raise ValueError(
+                f"With an outer_optimizer, BlockMomentum has no `{name}`. Received: {name}="
+                f"{value!r}. Set it on optimizer.outer_optimizer instead."
+            )
+
+    def _set(self, name, value):
+        self._settings = {**self._settings, name: value}
+        self.version += 1
 
     def _check_outer_optimizer(self, outer_optimizer, momentum):
         outer_optimizer = _checked(outer_optimizer, "outer_optimizer")
@@ -204,8 +289,7 @@ class BlockMomentum(_keras.LocalUpdate):
                 f"{outer_optimizer.name!r}. It belongs to the inner optimizer."
             )
         self.check_same_scope("outer optimizer", _keras.strategy_of(outer_optimizer))
-        for name in momentum:
-            setattr(self, name, None)
+        self._settings = {"momentum": None, "zeta": None, "nesterov": None}
         if isinstance(outer_optimizer, SlowMo):
             outer_optimizer.follow(self.inner_optimizer)
         return outer_optimizer
@@ -215,13 +299,25 @@ class BlockMomentum(_keras.LocalUpdate):
     def apply(self, grads, trainable_variables=None):
         """One local step: the inner optimizer's update of this replica's variables.
 
-        Keras and `tf.distribute` scale a replica's loss by 1/P, since gradients are
-        usually summed over the P replicas; a local step takes that back.
+        The gradients are this replica's own, of a loss that is not divided by the number of
+        replicas.
 
         Raises:
             RuntimeError: not called from `BlockTraining` or `BlockLoop`, which end
                 the blocks.
         """
+        with self._updates(grads, trainable_variables):
+            self.inner_optimizer.apply(grads, trainable_variables)
+
+    def apply_gradients(self, grads_and_vars):
+        """As `apply`, of pairs; an inner optimizer may have an `apply_gradients` of its own."""
+        grads_and_vars = list(grads_and_vars)
+        with self._updates(*zip(*grads_and_vars, strict=True)):
+            return self.inner_optimizer.apply_gradients(grads_and_vars)
+
+    @contextlib.contextmanager
+    def _updates(self, grads=(), variables=None):
+        """Around the inner optimizer's update: notes through which variables it goes."""
         if not self._stepping:
             raise RuntimeError(
                 "BlockMomentum.apply() was called outside a block, so replicas would train "
@@ -229,177 +325,23 @@ class BlockMomentum(_keras.LocalUpdate):
                 "callbacks=[tfbm.BlockTraining()]; in a custom loop, run the step through "
                 "tfbm.BlockLoop; train_on_batch has no blocks."
             )
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas > 1:
-            grads = [g if g is None else ops.multiply(g, replicas) for g in grads]
-        self.inner_optimizer.apply(grads, trainable_variables)
-
-    def deltas(self):
-        """How far this replica's weights have moved in this block, in replica context."""
-        begins = self._anchors if not self.overlap else self._begins()
-        return [ops.subtract(w, x) for w, x in zip(self.trained_variables, begins, strict=True)]
-
-    def end_block(self, deltas, d, steps):
-        """Ends a block in this replica: the outer step, and back to the anchor.
-
-        Called by `BlockLoop` in replica context, if any replica took a step.
-
-        Args:
-            deltas: this replica's.
-            d: their means over the replicas.
-            steps: the replicas' mean number of steps.
-        """
-        self.take_outer_step(deltas, d)
-        self._reset_inner_state()
-        self._blocks.assign_add(1)
-        if self.scheduled:
-            self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
-
-    def _reset_inner_state(self):
-        if self.inner_state == "reset":
-            for slot, initial in self._initial_slots:
-                slot.assign(ops.full(slot.shape, initial, slot.dtype))
-
-    def take_outer_step(self, deltas, d):
-        """Moves the anchor by the replicas' mean delta, and this replica to the anchor.
-
-        Args:
-            deltas: this replica's, which the outer step has no use for.
-            d: their means over the replicas.
-        """
-        self._move_anchor(d)
-        self.discard_block()
-
-    def _move_anchor(self, d):
-        anchors = self._anchors
-
-        def rest():  # of the block momentum, while warming up
-            for anchor, x in zip(anchors, d, strict=True):
-                anchor.assign_add(x)
-
-        def outer_step():
-            self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
-
-        if self._warm_up:
-            tf.cond(self._global_step < self._warm_up, rest, outer_step)
-        else:
-            outer_step()
-        for w, anchor in zip(self.trained_variables, anchors, strict=True):
-            if w.constraint is not None:
-                anchor.assign(w.constraint(anchor))
-
-    # -- overlap: the outer step comes one block late ----------------------------------------
-
-    def keep_deltas(self, deltas):
-        """Ends a block in this replica: these are on their way from now on."""
-        for x, delta in zip(self._sent, deltas, strict=True):
-            x.assign(delta)
-        self._in_flight.assign(True)
-
-    def begin_next(self):
-        """Begins the next block where the outer step to come would lead if all replicas' deltas
-        were this one's."""
-        self._reset_inner_state()
-        for w, x in zip(self.trained_variables, self._begins(), strict=True):
-            w.assign(x)
-
-    def land(self, d):
-        """The outer step of the block before, with its mean delta."""
-        self._move_anchor(d)
-        self._blocks.assign_add(1)
+        if not self.built:
+            raise NotBuilt(self, variables)
+        built_with = self.built_variables
+        for g, v in zip(grads, built_with if variables is None else variables, strict=False):
+            if g is not None and _keras.knows(self, v):
+                v = built_with[_keras.index_of(self, v)]
+                (self._overwritten if v.overwrite_with_gradient else self._updated).add(id(v))
+        self.updating = True
+        try:
+            yield
+        finally:
+            self.updating = False
 
     @property
-    def sent(self):
-        """This replica's deltas in flight, a variable for each trained one."""
-        return self._sent
-
-    @property
-    def in_flight(self):
-        """Whether there are any, a bool."""
-        return self.overlap and bool(self._in_flight.numpy())
-
-    def _begins(self):
-        """Where this replica began the block."""
-        beta, zeta = self.block_momentum, self.block_learning_rate
-        velocities = self.outer_optimizer.momentums if beta else self._sent  # times 0
-        in_flight = ops.convert_to_tensor(self._in_flight)
-        for w, anchor, sent, v in zip(
-            self.trained_variables, self._anchors, self._sent, velocities, strict=True
-        ):
-            anchor, sent = ops.convert_to_tensor(anchor), ops.convert_to_tensor(sent)
-            step = zeta * sent
-            if beta:
-                step = beta * v + step
-                if self.nesterov:
-                    step = beta * step + zeta * sent
-            begin = anchor + step
-            if w.constraint is not None:
-                begin = w.constraint(begin)
-            yield tf.where(in_flight, begin, anchor)
-
-    def drift(self, d, square):
-        """The drift, or 0 where it is not measured.
-
-        Args:
-            d: the mean delta.
-            square: the replicas' mean square norm of theirs.
-        """
-        if not self.measures_drift:
-            return tf.constant(0.0)
-        spread = tf.maximum(square - square_norm(d), 0)  # mean |w_j|^2 - |mean w|^2
-        return tf.sqrt(tf.math.divide_no_nan(spread, square_norm(self._anchors)))
-
-    @property
-    def averaged_state(self):
-        """Variables of the inner optimizer that are averaged at a boundary."""
-        return _keras.slots(self.inner_optimizer) if self.inner_state == "average" else []
-
-    # -- how long a block is -----------------------------------------------------------------
-
-    @property
-    def scheduled(self):
-        """Whether `sync_period` is a schedule."""
-        return not isinstance(self.sync_period, int)
-
-    @property
-    def _warm_up(self):
-        return getattr(self.sync_period, "warm_up", 0)
-
-    @property
-    def measures_drift(self):
-        """Whether the schedule of `sync_period` wants to know the drift."""
-        return getattr(self.sync_period, "measures_drift", False)
-
-    @property
-    def period(self):
-        """K of the present block, an int."""
-        if not self.scheduled:
-            return self.sync_period
-        return schedules.period_of(
-            self.sync_period, int(self._global_step.numpy()), int(self._adapted.numpy())
-        )
-
-    def adapt_period(self, period, steps, drift):
-        """Tells the schedule of a block that has ended, `steps` of its `period` long."""
-        if self.measures_drift and steps:
-            before = int(self._adapted.numpy())
-            begun = int(self._global_step.numpy()) - steps
-            adapted = self.sync_period.adapt(begun, period, drift)
-            self._adapted.assign(adapted if steps >= period else min(adapted, before))
-
-    def restart_block(self):
-        """Takes the present weights for the anchor, on every replica of this worker: they
-        may have been set or loaded since the last boundary."""
-        for w, anchor in zip(self.trained_variables, self._anchors, strict=True):
-            anchor.assign(w)
-        self.discard_block()
-
-    def discard_block(self):
-        """Takes the anchor for the present weights: the reverse of `restart_block`."""
-        if self.overlap:
-            self._in_flight.assign(False)
-        for w, anchor in zip(self.trained_variables, self._anchors, strict=True):
-            w.assign(anchor)
+    def overwritten(self):
+        """Variables whose "gradients" are their new values (float8's scales)."""
+        return [v for v in self.built_variables if id(v) in self._overwritten]
 
     def check_same_scope(self, what, strategy):
         """Raises ValueError unless `what`, of this strategy, has the same one as this."""
@@ -439,7 +381,8 @@ class BlockMomentum(_keras.LocalUpdate):
             super().build(variables)
             self._anchors = self.add_optimizer_variables(variables, "anchor")
             self.inner_optimizer.build(variables)
-            self.outer_optimizer.build(self._anchors)
+            _keras.make_local(self.inner_optimizer)  # a MultiOptimizer has found its parts
+            self.outer_optimizer.build([a for a in self._anchors if a is not None])
             if self.overlap:
                 self._sent = self.add_optimizer_variables(variables, "sent")
                 self._in_flight = self.add_variable(
@@ -485,16 +428,6 @@ class BlockMomentum(_keras.LocalUpdate):
         return int(self._blocks.numpy())
 
     @property
-    def anchors(self):
-        """The global weights at the last boundary, one variable for each trained one."""
-        return self._anchors
-
-    @property
-    def trained_variables(self):
-        """The variables it was built with."""
-        return _keras.trained_variables(self)
-
-    @property
     def _blocks(self):
         return _keras.track_block_count(self)
 
@@ -503,21 +436,12 @@ class BlockMomentum(_keras.LocalUpdate):
         return self.inner_optimizer.scale_loss(loss)
 
     def finalize_variable_values(self, var_list):
-        """At the end of fit: with `use_ema` inside, weights and anchor become the mean over
-        the replicas of their moving averages (one more all-reduce, on every worker)."""
-        inner = self.inner_optimizer
-        if not getattr(inner, "inner_optimizer", inner).use_ema:
-            return
-        strategy = _keras.strategy_of(self)
-
-        def replica():
-            inner.finalize_variable_values(var_list)
-            sums = sum_over_replicas([ops.convert_to_tensor(w) for w in var_list])
-            for w, total in zip(var_list, sums, strict=True):
-                w.assign(total / strategy.num_replicas_in_sync)
-            self.restart_block()
-
-        tf.function(lambda: strategy.run(replica), autograph=False)()
+        """At the end of fit: with `use_ema` inside, weights and anchor become their moving
+        averages, of which the last flush took the mean over the replicas."""
+        for average, variable in _keras.moving_averages(self.inner_optimizer):
+            if any(variable is v for v in var_list):
+                variable.assign(average)
+        self.restart_block()
 
     def get_config(self):
         """The arguments, the optimizers nested."""
@@ -565,11 +489,6 @@ def _checked(optimizer, what):
             f"{optimizer.name!r}. Wrap the optimizer inside it instead."
         )
     return optimizer
-
-
-def square_norm(tensors):
-    """The sum of the squares of all their elements, in float32."""
-    return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
 
 
 def _initial_value(slot):

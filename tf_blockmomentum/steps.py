@@ -1,43 +1,93 @@
 """The compiled local steps, and the next batch."""
 
 import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.optimizer import NotBuilt
 from tf_blockmomentum.strategy import BlockStrategy
 
 
-def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
-    """Returns a function that takes local steps: no communication, no retracing.
+class LocalSteps:
+    """Local steps of a step function: no communication, no retracing.
 
     Args:
         step_fn: function of one replica's batch.
         strategy: where it runs.
         jit_compile: whether XLA compiles it.
         after_step: called in the replica after each step, outside XLA.
-
-    Returns:
-        `local_steps(iterator, count, first=None, peek=False)`: takes up to `count`
-        batches, the first one from the Optional `first` if given. Returns the number
-        of batches this worker had, an int; the last outputs of `step_fn`, averaged
-        over this worker's replicas; and with `peek` the next batch, an Optional.
     """
-    step = tf.function(step_fn, jit_compile=jit_compile, autograph=False)
 
-    def replica_step(data):
+    def __init__(
+        self,
+        step_fn: Callable,
+        strategy: tf.distribute.Strategy,
+        jit_compile: bool,
+        after_step: Callable[[], Any] | None = None,
+    ) -> None:
+        self._strategy = strategy
+        self._step = tf.function(
+            functools.partial(_as_one_replica, strategy, step_fn),
+            jit_compile=jit_compile,
+            autograph=False,
+        )
+        self._after_step = after_step
+        self.specs: Any = None  # of what a step returns, once one has been traced
+        make = functools.partial(tf.function, reduce_retracing=True, autograph=False)
+        self._one_step = make(self._take_one_step)
+        self._from_iterator = make(self._loop_from_iterator)
+        self._from_first = make(self._loop)
+
+    def __call__(
+        self, iterator: Any, count: int, first: Any = None, peek: bool = False
+    ) -> tuple[int, Any, Any]:
+        """Takes up to `count` batches, the first one from the Optional `first` if given.
+
+        Returns:
+            The number of batches this worker had, an int; the last outputs of `step_fn`, averaged
+            over this worker's replicas; and with `peek` the next batch, an Optional.
+        """
+        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+            # train_on_batch: the batch is this worker's, and each of its replicas takes it.
+            outputs, _ = self.one_step(next(iterator))
+            return 1, outputs, None
+        if tf.config.functions_run_eagerly():
+            return self._eagerly(iterator, count, first, peek)
+        if first is None:
+            taken, *rest = self._from_iterator(iterator, tf.constant(count), peek)
+        else:
+            taken, *rest = self._from_first(iterator, tf.constant(count), first, peek)
+        return int(taken), *rest
+
+    def trace(self, iterator: Any, peek: bool = False) -> None:
+        """Traces a step without taking it, so that all that can be known of it is known."""
+        self._from_iterator.get_concrete_function(iterator, tf.constant(1), peek)
+
+    def trace_spec(self, element_spec: Any) -> None:
+        """As `trace`, where there is no iterator yet."""
+        self.specs = self._one_step.get_concrete_function(element_spec).structured_outputs[0]
+
+    def one_step(self, data: Any) -> tuple[Any, tf.Tensor]:
+        """One step on a batch of this worker: outputs, and whether it was not empty."""
+        return building(lambda: self._one_step(data), self._strategy)
+
+    def _replica_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         # A plain function around the compiled one: strategy.run would lift a bare
         # tf.function out over all devices, and XLA refuses other devices' variables.
         data = _keras.none_for_optional(data)
 
-        def take():
-            outputs = step(data)
-            if after_step is not None:
-                after_step()
+        def take() -> Any:
+            outputs = self._step(data)
+            if self._after_step is not None:
+                self._after_step()
             return outputs
 
-        def skip():  # the other replicas share out a last, smaller batch
-            specs = step.get_concrete_function(data).structured_outputs
+        def skip() -> Any:  # the other replicas share out a last, smaller batch
+            specs = self._step.get_concrete_function(data).structured_outputs
             return tf.nest.map_structure(_zeros, specs)
 
         some = _has_examples(data)
@@ -47,12 +97,12 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
             return (take() if some else skip()), some
         return tf.cond(some, take, skip), some
 
-    @tf.function(reduce_retracing=True, autograph=False)
-    def one_step(data):
-        outputs, taken = strategy.run(replica_step, args=(data,))
+    def _take_one_step(self, data: Any) -> tuple[Any, tf.Tensor]:
+        strategy = self._strategy
+        outputs, taken = strategy.run(self._replica_step, args=(data,))
         taken = strategy.experimental_local_results(taken)
 
-        def combine(output):
+        def combine(output: Any) -> Any:
             parts = strategy.experimental_local_results(output)
             if output is None or len(parts) == 1:
                 return parts[0]
@@ -65,16 +115,20 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
 
         return tf.nest.map_structure(combine, outputs), tf.reduce_any(taken)
 
-    def loop(iterator, count, first, peek):
+    def _loop(
+        self, iterator: Any, count: tf.Tensor, first: Any, peek: bool
+    ) -> tuple[tf.Tensor, Any, Any]:
         # A first look at one step tells what it returns, which the loop has to know.
+        strategy, one_step = self._strategy, self._one_step
         specs, _ = one_step.get_concrete_function(first.element_spec).structured_outputs
+        self.specs = specs
         outputs = [_zeros(spec) for spec in tf.nest.flatten(specs) if spec is not None]
         shapes = [spec.shape for spec in tf.nest.flatten(specs) if spec is not None]
 
-        def more(i, following, _):
+        def more(i: Any, following: Any, _: Any) -> tf.Tensor:
             return tf.logical_and(i < count, following.has_value())
 
-        def body(i, following, outputs):
+        def body(i: Any, following: Any, outputs: Any) -> Any:
             new, taken = one_step(following.get_value())
             new = [tensor for tensor in tf.nest.flatten(new) if tensor is not None]
             outputs = tf.cond(taken, lambda: new, lambda: outputs) if new else outputs
@@ -96,27 +150,48 @@ def make_local_steps(step_fn, strategy, jit_compile, after_step=None):
         outputs = tf.nest.map_structure(lambda s: None if s is None else next(found), specs)
         return taken, outputs, following if peek else None
 
-    @tf.function(reduce_retracing=True, autograph=False)
-    def from_iterator(iterator, count, peek):
-        return loop(iterator, count, next_batch(iterator, strategy), peek)
+    def _loop_from_iterator(
+        self, iterator: Any, count: tf.Tensor, peek: bool
+    ) -> tuple[tf.Tensor, Any, Any]:
+        return self._loop(iterator, count, next_batch(iterator, self._strategy), peek)
 
-    @tf.function(reduce_retracing=True, autograph=False)
-    def from_first(iterator, count, first, peek):
-        return loop(iterator, count, first, peek)
+    def _eagerly(self, iterator: Any, count: int, first: Any, peek: bool) -> tuple[int, Any, Any]:
+        """`_loop` in Python: with `run_eagerly` a step sees values."""
+        following = next_batch(iterator, self._strategy) if first is None else first
+        taken, outputs = 0, None
+        while taken < count and following.has_value():
+            new, some = self.one_step(following.get_value())
+            outputs = new if some or outputs is None else outputs
+            taken += 1
+            if peek or taken < count:
+                following = next_batch(iterator, self._strategy)
+        return taken, outputs, following if peek else None
 
-    def local_steps(iterator, count, first=None, peek=False):
-        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
-            # test_on_batch: the batch is this worker's, and each of its replicas takes it.
-            outputs, _ = one_step(next(iterator))
-            return 1, outputs, None
-        count = tf.constant(count)
-        if first is None:
-            taken, outputs, following = from_iterator(iterator, count, peek)
-        else:
-            taken, outputs, following = from_first(iterator, count, first, peek)
-        return int(taken), outputs, following
 
-    return local_steps
+def _as_one_replica(strategy: tf.distribute.Strategy, step_fn: Callable, data: Any) -> Any:
+    if not isinstance(strategy, BlockStrategy):
+        return step_fn(data)
+    with strategy.one_replica():
+        return step_fn(data)
+
+
+def building(trace: Callable[[], Any], strategy: tf.distribute.Strategy) -> Any:
+    """Calls a function that takes or traces a step, again for every optimizer that the step turns
+    out to apply and nobody has built: only the step knows which variables it is for."""
+    while True:
+        try:
+            return trace()
+        except NotBuilt as error:
+            if error.variables is None:
+                raise ValueError(
+                    "The optimizer must be built before the first step, or be told its variables. "
+                    f"Received: optimizer.apply(gradients) of {error.optimizer.name!r}. Call "
+                    "optimizer.build(model.trainable_variables), inside strategy.scope(), or "
+                    "optimizer.apply(gradients, variables)."
+                ) from None
+            optimizer, variables = error.optimizer, error.variables
+        with strategy.scope():
+            optimizer.build(list(variables))
 
 
 def next_batch(iterator, strategy):

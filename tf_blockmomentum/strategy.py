@@ -10,11 +10,17 @@ only communication is at a block boundary.
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 
+import keras
 import tensorflow as tf
 
 from tf_blockmomentum import progress
-from tf_blockmomentum._private.tensorflow import set_heartbeat
+from tf_blockmomentum._private.tensorflow import (
+    as_a_number,
+    broadcast_initial_values_of_any_dtype,
+    set_heartbeat,
+)
 
 _MOST = 60000.0  # that rounding cannot carry past the largest float16
 
@@ -24,16 +30,16 @@ def _per_replica_creator(next_creator, **kwargs):
 
     `ON_READ` makes an assignment inside a step local to its replica. With
     `ONLY_FIRST_REPLICA` a read outside a step takes this worker's first replica
-    and never communicates, so the chief can save alone. Variables that asked for
-    a synchronisation of their own (metrics: `ON_READ` and `SUM`) keep it.
+    and never communicates, so the chief can save alone; what an `aggregation` of the
+    user's asks for is done at boundaries (see `variables`). Variables that asked for
+    a synchronisation of their own (metrics: `ON_READ`) keep it.
     """
     if kwargs.get("synchronization") in (None, tf.VariableSynchronization.AUTO):
         kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
-        if kwargs.get("aggregation") != tf.VariableAggregation.SUM:
-            kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
         if kwargs.get("trainable") is None:  # ON_READ alone would mean False
             kwargs["trainable"] = True
-    return next_creator(**kwargs)
+    return as_a_number(next_creator(**kwargs))
 
 
 class BlockStrategy(tf.distribute.Strategy):
@@ -41,6 +47,26 @@ class BlockStrategy(tf.distribute.Strategy):
 
     compression: str | None = None  # of deltas on the wire
     _answers_locally = False
+    _any_batch = False
+    _one_replica = False
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """How many replicas there are; 1 inside `one_replica`."""
+        return 1 if self._one_replica else super().num_replicas_in_sync
+
+    @contextlib.contextmanager
+    def one_replica(self) -> Iterator[None]:
+        """Inside, which is a local step, there is one replica: the one that asks.
+
+        Keras, `tf.nn.compute_average_loss` and users' own code divide a loss by the number of
+        replicas, since gradients are summed over them as a rule. A local step sums nothing.
+        """
+        before, self._one_replica = self._one_replica, True
+        try:
+            yield
+        finally:
+            self._one_replica = before
 
     def compress(self, wanted):
         """What a replica sends in place of tensors that it wants to, in replica context.
@@ -85,6 +111,15 @@ class BlockStrategy(tf.distribute.Strategy):
         finally:
             self._answers_locally = before
 
+    @contextlib.contextmanager
+    def any_batch(self) -> Iterator[None]:
+        """Inside, batches need not divide by the replicas: evaluation counts by the example."""
+        before, self._any_batch = self._any_batch, True
+        try:
+            yield
+        finally:
+            self._any_batch = before
+
     def reduce(self, reduce_op, value, axis=None):
         """Reduces a value, or a structure of values, over all replicas.
 
@@ -101,11 +136,19 @@ class BlockStrategy(tf.distribute.Strategy):
 
         return tf.nest.map_structure(reduce_one, value)
 
-    def mean_over_workers(self, value):
-        """The mean of the workers' own values of a tensor, on every worker."""
+    def mean_over_workers(self, value, takes_part=True):
+        """The mean of the workers' own values of a tensor, on every worker; of those alone that
+        take part."""
         value = tf.cast(value, tf.float32)
-        values = self.experimental_distribute_values_from_function(lambda _: value)
-        return self.reduce("MEAN", values)
+        part = tf.cast(takes_part, tf.float32)
+        flat = tf.where(takes_part, tf.reshape(value, [-1]), 0.0)
+        sums = self.reduce(
+            "SUM",
+            self.experimental_distribute_values_from_function(
+                lambda _: tf.concat([flat, [part]], axis=0)
+            ),
+        )
+        return tf.reshape(tf.math.divide_no_nan(sums[:-1], sums[-1]), value.shape)
 
     def experimental_distribute_dataset(self, dataset, options=None):
         """Shards and rebatches `dataset`, which is batched by the global batch.
@@ -118,7 +161,8 @@ class BlockStrategy(tf.distribute.Strategy):
         size = int(
             tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
         )
-        check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
+        if not self._any_batch:
+            check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
         if options is None:
             dataset, options = dataset.prefetch(1), _no_device_buffer()
         return super().experimental_distribute_dataset(dataset, options)
@@ -148,6 +192,9 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
     there: gradients are summed over all replicas at every step (statistics such as
     BatchNormalization's are then each replica's own).
 
+    An `evaluator` task in `TF_CONFIG` takes no part in training: it has a strategy of one
+    replica, for a script that evaluates checkpoints at the side.
+
     Args:
         cluster_resolver: as in TensorFlow; default: `TF_CONFIG`.
         communication_options: as in TensorFlow.
@@ -169,7 +216,12 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
             )
         self.compression = compression
         if cluster_resolver is None:
-            _check_tf_config(os.environ.get("TF_CONFIG"))
+            config = _check_tf_config(os.environ.get("TF_CONFIG"))
+            if config.get("task", {}).get("type") == "evaluator":
+                # No member of the cluster, though TF_CONFIG tells it who trains.
+                cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+                    tf.train.ClusterSpec({})
+                )
         heartbeat = os.environ.get("TFBM_HEARTBEAT")
         if heartbeat:
             set_heartbeat(float(heartbeat))  # the cluster starts with the lines below
@@ -187,6 +239,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
                 "a dataset or a model). Move the strategy's line to the top of the script, "
                 "right after the imports."
             ) from error
+        broadcast_initial_values_of_any_dtype(self)
         progress.note("has joined the other workers")
 
 
@@ -216,6 +269,13 @@ def worker_of(strategy):
     cluster = resolver.cluster_spec().as_dict()
     tasks = [(k, i) for k in ("chief", "worker") for i in range(len(cluster.get(k, [])))]
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
+
+
+def replicas_of(variable, strategy):
+    """A variable's TensorFlow variables on this worker's replicas; a single one where it was made
+    outside the strategy's scope."""
+    value = variable.value if isinstance(variable, keras.Variable) else variable
+    return strategy.experimental_local_results(value)
 
 
 def _no_device_buffer():
@@ -248,9 +308,10 @@ def check_number(name, value, kind, expected, least, below=float("inf")):
 
 
 def _check_tf_config(text):
-    """Raises ValueError, with the remedy, for a `TF_CONFIG` TensorFlow would trip over."""
+    """Returns `TF_CONFIG` as a dict. Raises ValueError, with the remedy, for one that TensorFlow
+    would trip over."""
     if not text:
-        return
+        return {}
     example = (
         '{"cluster": {"worker": ["host1:port", "host2:port"]}, '
         '"task": {"type": "worker", "index": 0}}'
@@ -270,7 +331,7 @@ def _check_tf_config(text):
     if not isinstance(config, dict):
         raise bad("it is not a JSON object")
     if not config:
-        return
+        return {}
     cluster, task = config.get("cluster"), config.get("task")
     if not isinstance(cluster, dict) or not cluster:
         raise bad("it has no `cluster`")
@@ -290,3 +351,4 @@ def _check_tf_config(text):
     if not isinstance(index, int) or not 0 <= index < len(cluster[task["type"]]):
         count = len(cluster[task["type"]])
         raise bad(f"`task.index` is not a whole number from 0 to {count - 1}")
+    return config

@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.callback import BlockTraining, _eagerly
 from tf_blockmomentum.cost import CostModel, parse_bandwidth
 from tf_blockmomentum.optimizer import find
@@ -144,7 +143,7 @@ class TrialTraining(BlockTraining):
                 raise
             except Exception as error:
                 self.leave(error)
-        while not (loop.has_finished(iterator) or loop.all_ended):
+        while not (loop.has_finished(iterator) or loop.ending.all_ended):
             with _eagerly(self.model.run_eagerly):
                 try:
                     loop._end_block(ended=True)
@@ -152,16 +151,15 @@ class TrialTraining(BlockTraining):
                     self.leave(error)
         raise StopIteration
 
-    def _prepare(self):
+    def ready_loop(self, element_spec):
         fresh = self._loop is None
-        super()._prepare()
+        loop: Any = super().ready_loop(element_spec)
         if fresh:
-            loop: Any = self._loop
-            loop._local_steps = self._steps.of(loop._local_steps, lambda result: result[0])
-            loop._boundary = self._boundaries.of(
-                loop._boundary, lambda status: loop._first(status) is not None
-            )
-            loop._send_block = self._boundaries.of(loop._send_block, lambda _: 1)  # overlap
+            loop.take_steps = self._steps.of(loop.take_steps, lambda result: result[0])
+            for name in ("meet", "send_block"):  # without overlap, and with it
+                timed = self._boundaries.of(getattr(loop.ending, name), lambda _: 1)
+                setattr(loop.ending, name, timed)
+        return loop
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, logs)
@@ -198,12 +196,13 @@ class TrialTraining(BlockTraining):
         logs[MEASURED] = steps * step + blocks * boundary
         goal = self.objective
         if isinstance(goal, TimeToTarget) and goal.bandwidth is not None:
-            strategy, averaged = self.model.distribute_strategy, _keras.statistics(self.model)
+            strategy = self.model.distribute_strategy
+            replica = self.ready_loop(None).ending.replica
             compression = getattr(strategy, "compression", None)
             cost = CostModel(
                 goal.step_seconds or step,
-                _bytes_on_the_wire(self.model.trainable_variables, compression)
-                + _bytes_on_the_wire(averaged),
+                _bytes_on_the_wire(replica.trained, compression)
+                + _bytes_on_the_wire(replica.statistics),
                 goal.bandwidth,
             )
             replicas = strategy.num_replicas_in_sync

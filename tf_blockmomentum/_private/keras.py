@@ -2,17 +2,12 @@
 
 import contextlib
 import functools
-import inspect
-import weakref
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum import progress
-from tf_blockmomentum.strategy import BlockStrategy, check_global_batch
-
-_Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
 _BaseOptimizer = next(
     c for c in keras.optimizers.Optimizer.__mro__ if c.__name__ == "BaseOptimizer"
 )
@@ -30,7 +25,6 @@ class LocalUpdate(keras.optimizers.Optimizer):
     that an optimizer which extends them itself (Nadam) still does.
     """
 
-    _backend_update_step = _BaseOptimizer._backend_update_step
     _apply_weight_decay = _BaseOptimizer._apply_weight_decay
     _backend_increment_gradient_accumulators = (
         _BaseOptimizer._backend_increment_gradient_accumulators
@@ -39,24 +33,35 @@ class LocalUpdate(keras.optimizers.Optimizer):
         _BaseOptimizer._overwrite_model_variables_with_average_value
     )
 
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        # `update_step` gets TensorFlow's variables, as it does on one device.
+        own = [_replica_part(v) for v in trainable_variables]
+        _BaseOptimizer._backend_update_step(self, grads, own, learning_rate)
+
     # A per-replica variable takes no sparse update (an embedding's gradient), only
     # the replica's own part of it does.
 
     def assign(self, variable, value):
-        super().assign(_replica_part(variable, value), value)
+        super().assign(_part_for(variable, value), value)
 
     def assign_add(self, variable, value):
-        super().assign_add(_replica_part(variable, value), value)
+        super().assign_add(_part_for(variable, value), value)
 
     def assign_sub(self, variable, value):
-        super().assign_sub(_replica_part(variable, value), value)
+        super().assign_sub(_part_for(variable, value), value)
 
 
-def _replica_part(variable, value):
+def _part_for(variable, value):
+    return _replica_part(variable) if isinstance(value, tf.IndexedSlices) else variable
+
+
+def _replica_part(variable):
+    """The TensorFlow variable that a variable is in this replica."""
+    variable = variable.value if isinstance(variable, keras.Variable) else variable
     context = tf.distribute.get_replica_context()
-    if not isinstance(value, tf.IndexedSlices) or context is None:
+    if context is None:
         return variable
-    parts = context.strategy.experimental_local_results(getattr(variable, "value", variable))
+    parts = context.strategy.experimental_local_results(variable)
     return parts[int(tf.get_static_value(context.replica_id_in_sync_group)) % len(parts)]
 
 
@@ -75,9 +80,16 @@ def make_local(optimizer: Any) -> None:
     if not isinstance(optimizer, LocalUpdate):
         cls: Any = type(optimizer)
         optimizer.__class__ = _local_class(cls)
-    inner = getattr(optimizer, "inner_optimizer", None)  # of a LossScaleOptimizer
-    if inner is not None:
+    for inner in parts_of(optimizer)[1:]:
         make_local(inner)
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """An optimizer and those inside it: of a LossScaleOptimizer, or of a MultiOptimizer, which
+    knows them all only once it is built."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inside = [inner] if inner is not None else getattr(optimizer, "optimizers", [])
+    return [optimizer, *(part for one in inside for part in parts_of(one))]
 
 
 def serialize_optimizer(optimizer):
@@ -105,29 +117,107 @@ def index_of(optimizer, variable):
     return optimizer._get_variable_index(variable)
 
 
-def moving_averages(optimizer, variables):
+def knows(optimizer, variable):
+    """Whether an optimizer was built with a variable."""
+    return optimizer._var_key(variable) in optimizer._trainable_variables_indices
+
+
+def moving_averages(optimizer):
     """Pairs of an optimizer's moving averages (`use_ema`) and the variables they follow."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    averages = optimizer._model_variables_moving_average if optimizer.use_ema else []
-    return [(a, v) for a, v in zip(averages, variables, strict=False) if a is not None]
+    pairs = [
+        pair
+        for part in parts_of(optimizer)
+        if part.use_ema and part.built
+        for pair in zip(
+            part._model_variables_moving_average, part._trainable_variables, strict=False
+        )
+    ]
+    return [(average, variable) for average, variable in pairs if average is not None]
 
 
 def slots(optimizer):
     """What an optimizer remembers of its gradients: no counters, learning rate or averages of
     the weights, and no gradients accumulated for the next step."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    others = [optimizer._learning_rate]
-    others += optimizer._accumulated_gradients if optimizer.gradient_accumulation_steps else []
-    others += optimizer._model_variables_moving_average if optimizer.use_ema else []
+    others = [average for average, _ in moving_averages(optimizer)]
+    for part in parts_of(optimizer):
+        others += [part._learning_rate]
+        others += part._accumulated_gradients if part.gradient_accumulation_steps else []
     kept = {id(v) for v in others}
     return [
         v for v in optimizer.variables if id(v) not in kept and tf.as_dtype(v.dtype).is_floating
     ]
 
 
+def learning_rates(optimizer):
+    """The learning rates of an optimizer and those inside it, where they are variables."""
+    rates = [part._learning_rate for part in parts_of(optimizer)]
+    return [rate for rate in rates if isinstance(rate, keras.Variable)]
+
+
+def counters(optimizer):
+    """The counts of steps of an optimizer and those inside it, which schedules go by."""
+    return [part._iterations for part in parts_of(optimizer)]
+
+
 def track_block_count(optimizer):
     """Returns the base class's own counter, which a wrapper has no other use for."""
     return optimizer._iterations
+
+
+# -- variables ----------------------------------------------------------------------------
+
+_watchers: list[Callable[[Any, Any], None]] = []
+_assigned_outside: set[int] = set()
+
+
+def _watch_assignments() -> None:
+    """Wraps `keras.Variable.assign`, through which layers, `set_weights`, `load_weights` and
+    callbacks change variables. Keras has no hook for it, and to find out by comparing all
+    weights would take longer than a boundary."""
+    original = keras.Variable.assign
+    if hasattr(original, "_tfbm_original"):
+        return
+
+    @functools.wraps(original)
+    def assign(self, value):
+        value = self._convert_to_tensor(value, dtype=self._dtype)
+        for watcher in _watchers:
+            watcher(self, value)
+        if not _watchers and tf.executing_eagerly():
+            _assigned_outside.add(id(self))
+        return original(self, value)
+
+    assign._tfbm_original = original  # type: ignore[attr-defined]
+    keras.Variable.assign = assign
+
+
+_watch_assignments()
+
+
+@contextlib.contextmanager
+def assignments_told_to(watcher: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Inside, `watcher` is told of each variable and value before the assignment."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def take_assigned(variables: Iterable[Any]) -> list[Any]:
+    """Those of the variables that have been assigned to, outside any step, since the last call
+    with them."""
+    if not _assigned_outside:
+        return []
+    found = [v for v in variables if id(v) in _assigned_outside]
+    _assigned_outside.difference_update(map(id, found))
+    return found
+
+
+def is_plain_state(variable: Any) -> bool:
+    """Whether a variable is no metric's, which has a synchronisation of its own, and no seed
+    generator's."""
+    return variable.synchronization == "auto" and variable.name != "seed_generator_state"
 
 
 # -- models -------------------------------------------------------------------------------
@@ -138,35 +228,79 @@ def layers_of(model):
     return model._flatten_layers()
 
 
-def statistics(model):
-    """State that layers change themselves while training (BatchNormalization's averages).
-
-    The weights of a frozen layer are non-trainable too, but do not change.
-    """
-    found = {
-        id(v): v
-        for layer in layers_of(model)
-        if layer.trainable
-        for v in layer._non_trainable_variables
-        if tf.as_dtype(v.dtype).is_floating
-    }
-    weights = {id(v) for v in model.non_trainable_weights}  # not metrics
-    return [v for key, v in found.items() if key in weights]
-
-
 def seed_generators(model):
     """The seed generators of a model's layers (dropout, augmentation)."""
     return [generator for layer in layers_of(model) for generator in layer._seed_generators]
 
 
-def build(model, element_spec):
-    """Builds model, metrics and optimizer from the spec of a batch, outside any trace."""
+def optimizers_of(model: keras.Model, find: Callable[[Any], Any]) -> list[Any]:
+    """The optimizers of a model in which `find` finds a BlockMomentum: the compiled one, and
+    those that a `compile` of the user's has put into attributes (a GAN's)."""
+    known = [getattr(model, "optimizer", None)]
+    for value in vars(model).values():
+        if isinstance(value, keras.optimizers.Optimizer):
+            known.append(value)
+        elif isinstance(value, list | tuple | dict):
+            values = value.values() if isinstance(value, dict) else value
+            known += [v for v in values if isinstance(v, keras.optimizers.Optimizer)]
+    return list({id(v): v for v in known if v is not None and find(v) is not None}.values())
 
-    def shape_and_type(spec):
-        return None if isinstance(spec, tf.OptionalSpec) else spec
 
-    if not model.optimizer.built or not all(layer.built for layer in layers_of(model)):
-        model._symbolic_build(data_batch=keras.tree.map_structure(shape_and_type, element_spec))
+def shared_variables(model: keras.Model) -> list[Any]:
+    """A model's variables that are the same on all replicas when nobody is in a block: no
+    metrics, no seeds."""
+    return [v for v in model.weights if is_plain_state(v)]
+
+
+def check_scope(model: keras.Model) -> None:
+    """Raises ValueError for metrics and weights of several replicas that were made outside the
+    strategy's scope, so that there is a single one of each."""
+    if model.distribute_strategy.num_replicas_in_sync == 1:
+        return
+    metrics = [v for metric in model.metrics for v in metric.variables]
+    local = len(model.distribute_strategy.extended.worker_devices)
+    weights = model.trainable_variables if local > 1 else []
+    for what, variables in (("metric", metrics), ("weight", weights)):
+        alone = [v for v in variables if not isinstance(v.value, tf.distribute.DistributedValues)]
+        if alone:
+            raise ValueError(
+                f"Some {what}s were made outside strategy.scope(), and would not be of all "
+                f"replicas. Received: {', '.join(sorted({v.path for v in alone})[:5])}. Make them "
+                "inside `with strategy.scope():`, as the model."
+            )
+
+
+def build(model: keras.Model, element_spec: Any) -> bool:
+    """Builds model, metrics and optimizer from the spec of a batch, outside any trace. Returns
+    whether all is done that can be done so."""
+
+    def shape_and_type(spec: Any) -> Any:
+        spec = getattr(spec, "_value_specs", [spec])[0]  # a PerReplicaSpec's
+        return None if isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec) else spec
+
+    built = model.optimizer is None or model.optimizer.built
+    if built and all(layer.built for layer in layers_of(model)) and not _unbuilt_parts(model):
+        return True
+    batch = keras.tree.map_structure(shape_and_type, element_spec)
+    try:
+        with model.distribute_strategy.scope():
+            model._symbolic_build(data_batch=batch)
+    except RuntimeError as error:
+        # Without a strategy Keras does not ask for this: a model with a train_step of its own
+        # need have no call(). Its optimizers are built by the first step.
+        own_step = type(model).train_step is not _TRAIN_STEP
+        return own_step and "Unable to automatically build" in str(error)
+    except (TypeError, ValueError):
+        return False  # an actual batch tells more
+    return True
+
+
+_TRAIN_STEP = keras.Model.train_step
+
+
+def _unbuilt_parts(model: keras.Model) -> bool:
+    parts = (model._compile_metrics, model._compile_loss)
+    return any(part is not None and not part.built for part in parts)
 
 
 def recompile(model, optimizer):
@@ -186,196 +320,3 @@ def none_for_optional(data):
     return keras.tree.map_structure(
         lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data
     )
-
-
-# -- fit, evaluate and predict under a block strategy ----------------------------------------
-
-
-def _strategy_method(make):
-    """Replaces a method of Keras's trainer for models of a block strategy only."""
-    name = make.__name__
-    original = getattr(_Trainer, name)
-    if hasattr(original, "_tfbm_original"):
-        original = original._tfbm_original
-
-    @functools.wraps(original)
-    def method(self, *args, **kwargs):
-        if isinstance(self.distribute_strategy, BlockStrategy):
-            return make(self, original, *args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    method._tfbm_original = original  # type: ignore[attr-defined]
-    setattr(_Trainer, name, method)
-
-
-class _LastCallback(keras.callbacks.Callback):
-    """Hears of an epoch's end after the user's callbacks. Fit reads `stop_training` next."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        training: Any = getattr(self.model.train_function, "__self__", None)
-        if hasattr(training, "after_callbacks"):
-            training.after_callbacks()
-
-
-def install(make_test_function):
-    """Lets stock `fit`, `evaluate` and `predict` run under a block strategy.
-
-    There is no public place for it: `evaluate` may come before any callback of
-    ours. Keras's own functions put collectives into graph loops and into XLA,
-    where they fail under MultiWorkerMirroredStrategy, and synchronise every step.
-
-    Args:
-        make_test_function: called with a model, returns its `test_function`.
-    """
-
-    def fit(self, original, *args, **kwargs):
-        # tf.data cannot tell the batch size of the dataset that Keras makes of arrays.
-        given = inspect.signature(original).bind(self, *args, **kwargs)
-        check_global_batch(given.arguments.get("batch_size"), self.distribute_strategy)
-        callbacks = given.arguments.get("callbacks")
-        last = _LastCallback()
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            last.set_model(self)  # which the list did for the others when it was made
-            callbacks.callbacks.append(last)
-        else:
-            given.arguments["callbacks"] = [*keras.tree.flatten(callbacks or []), last]
-        return original(*given.args, **given.kwargs)
-
-    def _maybe_symbolic_build(self, original, *args, **kwargs):
-        with self.distribute_strategy.local_input():  # only shapes are wanted
-            return original(self, *args, **kwargs)
-
-    def reset_metrics(self, original):
-        # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
-        with self.distribute_strategy.local_input():
-            return original(self)
-
-    def make_test(self, original, force=False):
-        if self.test_function is None or force:
-            self.test_function = make_test_function(self)
-
-    make_test.__name__ = "make_test_function"
-
-    def make_predict_function(self, original, force=False):
-        with _without_jit(self):
-            return original(self, force=force)
-
-    def _get_metrics_result_or_logs(self, original, logs):
-        progress.note("waits for the metrics of all workers")
-        training: Any = getattr(self.train_function, "__self__", None)
-        if hasattr(training, "before_epoch_logs"):
-            training.before_epoch_logs()
-        result = original(self, logs)
-        progress.note("has the metrics of all workers")
-        if result is logs:  # not metrics: what a train_step or test_step of the user's returned
-            return keras.tree.map_structure(self.distribute_strategy.mean_over_workers, logs)
-        return result
-
-    for replacement in (
-        fit,
-        _maybe_symbolic_build,
-        reset_metrics,
-        make_test,
-        make_predict_function,
-        _get_metrics_result_or_logs,
-    ):
-        _strategy_method(replacement)
-    _remember_epochs()
-
-
-# -- where fit is in its data -----------------------------------------------------------------
-
-
-class Epochs:
-    """What fit's own epoch iterator, of which no callback can get hold, knows and can be told.
-
-    Counts the iterators that fit makes, one or two an epoch: each draws the next seed of a
-    dataset that reshuffles, so that a new process has to draw as many.
-    """
-
-    def __init__(self, epoch_iterator):
-        self._epochs = epoch_iterator
-        self._made = 0
-        self._get = epoch_iterator._get_iterator
-        epoch_iterator._get_iterator = self._counting
-
-    def _counting(self):
-        self._made += 1
-        return self._get()
-
-    @property
-    def element_spec(self):
-        return self._get().element_spec
-
-    def state(self, epoch_ended):
-        """A dict for `resume`: whole numbers and None."""
-        epochs = self._epochs
-        goes_on = not epoch_ended or (
-            epochs.steps_per_epoch is not None and epochs._current_iterator is not None
-        )
-        return {
-            "goes_on": goes_on,  # with the iterator it has
-            "iterators": self._made - goes_on,  # before that one
-            "fresh": epoch_ended and epochs._steps_seen == 0,  # and it has given nothing yet
-            "steps_seen": epochs._steps_seen,
-            "num_batches": epochs._num_batches,
-        }
-
-    def resume(self, state, step, restore):
-        """Makes the next epoch begin at `step`, from an iterator given to `restore`."""
-        epochs = self._epochs
-        if epochs._num_batches is None:  # found out when the data first ended
-            epochs._num_batches = state["num_batches"]
-        original = epochs._enumerate_iterator
-
-        def from_step():
-            del epochs._enumerate_iterator  # this epoch only
-            for _ in range(state["iterators"]):
-                iter(self._counting())
-            first = True
-            for begin, end, iterator in original():
-                if begin < step:
-                    continue
-                if first and state["goes_on"]:
-                    epochs._steps_seen = state["steps_seen"] + epochs.steps_per_execution
-                    restore(iterator)
-                first = False
-                yield begin, end, iterator
-
-        epochs._enumerate_iterator = from_step
-
-
-def _remember_epochs():
-    """Notes fit's epoch iterator on the model: it is a local variable of fit, and passes
-    through this method just before callbacks are told of the beginning of training."""
-    original = _Trainer._maybe_symbolic_build
-    if hasattr(original, "_tfbm_remembers"):
-        return
-
-    @functools.wraps(original)
-    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        self._tfbm_epoch_iterator = None if iterator is None else weakref.ref(iterator)
-        return original(self, iterator=iterator, data_batch=data_batch)
-
-    _maybe_symbolic_build._tfbm_remembers = True  # type: ignore[attr-defined]
-    _Trainer._maybe_symbolic_build = _maybe_symbolic_build
-
-
-def epochs_of(model):
-    """The `Epochs` of the fit that is beginning."""
-    return Epochs(model._tfbm_epoch_iterator())
-
-
-def set_initial_epoch(model, epoch):
-    """As `BackupAndRestore` does; None takes it back, or the next fit would begin there too."""
-    model._initial_epoch = epoch
-
-
-@contextlib.contextmanager
-def _without_jit(model):
-    # strategy.run lifts a jitted function out over all devices, which XLA refuses.
-    before, model._jit_compile = model._jit_compile, False
-    try:
-        yield
-    finally:
-        model._jit_compile = before

@@ -1,6 +1,9 @@
 """All that is private of TensorFlow, each with its reason."""
 
 import functools
+from typing import Any
+
+import tensorflow as tf
 
 
 def set_heartbeat(seconds):
@@ -17,3 +20,52 @@ def set_heartbeat(seconds):
         context,
         heartbeat_timeout_in_ms=int(1000 * seconds),
     )
+
+
+def as_a_number(variable: Any) -> Any:
+    """Lets `int(variable)` and `float(variable)` work for a variable of several replicas.
+
+    Keras's variables call them on the TensorFlow variable inside. TensorFlow's own variables
+    have them, those of a strategy do not (`int(optimizer.iterations)`: a TypeError).
+    """
+    cls = type(variable)
+    for kind in (int, float):
+        name = f"__{kind.__name__}__"
+        if not hasattr(cls, name):
+            setattr(cls, name, lambda self, kind=kind: kind(self.numpy()))
+    return variable
+
+
+def broadcast_initial_values_of_any_dtype(strategy: Any) -> None:
+    """Lets variables of bfloat16, int8 and others be made on several workers.
+
+    Every worker starts from the chief's initial value, which TensorFlow sends through a
+    collective that takes only a few dtypes (tensorflow issues 120991, 38404). The method of
+    the strategy that makes the initial value is private, and so is all around it.
+    """
+    extended = strategy.extended
+    original = extended._get_variable_creator_initial_value
+
+    def initial_value(replica_id: int, device: Any, primary_var: Any, **kwargs: Any) -> Any:
+        value, dtype = kwargs["initial_value"], tf.as_dtype(kwargs.get("dtype") or tf.float32)
+        wire = wire_dtype(dtype)
+        if replica_id or kwargs.get("dtype") is None or wire == dtype:
+            return original(
+                replica_id=replica_id, device=device, primary_var=primary_var, **kwargs
+            )
+        kwargs["dtype"] = wire
+        kwargs["initial_value"] = lambda: tf.cast(value() if callable(value) else value, wire)
+        sent = original(replica_id=replica_id, device=device, primary_var=primary_var, **kwargs)
+        return lambda: tf.cast(sent(), dtype)
+
+    extended._get_variable_creator_initial_value = initial_value
+
+
+def wire_dtype(dtype: Any) -> tf.DType:
+    """The dtype that values of `dtype` travel as: TensorFlow's collectives know a few."""
+    dtype = tf.as_dtype(dtype)
+    if dtype in (tf.float32, tf.float16, tf.float64, tf.int32, tf.int64):
+        return dtype
+    if dtype.is_floating:
+        return tf.float32
+    return tf.int64 if dtype in (tf.uint32, tf.uint64) else tf.int32

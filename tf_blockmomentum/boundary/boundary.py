@@ -1,299 +1,421 @@
-"""A boundary in the replica: leave, exchange, land."""
+"""A boundary in the replica: leave, exchange, land.
+
+The weights pass through memory as seldom as the arithmetic allows. XLA computes each output of a
+function from the function's inputs alone, so what two outputs share is computed, and its inputs
+are read, twice: hence several small compiled functions.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.boundary.exchange import sum_packs
+from tf_blockmomentum.algorithm import square_norm
+from tf_blockmomentum.boundary.exchange import sum_over_replicas, sum_packs
+from tf_blockmomentum.boundary.header import Header
+from tf_blockmomentum.boundary.nonfinite import make_finite
 from tf_blockmomentum.boundary.packing import pack, unpack
-from tf_blockmomentum.optimizer import square_norm
+from tf_blockmomentum.variables import FIRST, MAXIMUM, MEAN, MINIMUM, SUM, Rules
 
 _LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
+# What the host tells its replicas at a boundary: a vector, in this order.
+TOLD = ("ended", "stopping", "leaving", "set", "anchor")
 
 
 class Boundary:
-    """What a replica does at a boundary. All of its methods but `variables` are called there.
+    """What a replica does at a boundary.
 
     Args:
-        optimizer: the BlockMomentum.
+        optimizers: the BlockMomentum optimizers, whose blocks end together.
         strategy: of which the replicas are.
-        averaged: variables that are averaged besides the weights.
+        rules: what becomes of the variables that are none of the optimizers'.
         jit: whether XLA compiles what does not communicate, however small.
         skip_nonfinite: whether a replica that is not finite goes on from the anchor.
     """
 
-    def __init__(self, optimizer, strategy, averaged, jit, skip_nonfinite):
-        self._block_momentum = optimizer
+    def __init__(
+        self,
+        optimizers: list[Any],
+        strategy: tf.distribute.Strategy,
+        rules: Rules,
+        jit: bool,
+        skip_nonfinite: bool,
+    ) -> None:
+        self._optimizers = optimizers
         self._strategy = strategy
-        self._averaged = averaged
+        self._rules = rules
         self._jit = jit
         self._skip_nonfinite = skip_nonfinite
+        self._overlap = optimizers[0].overlap
+        self.header = Header(strategy.num_replicas_in_sync)
+        self._residuals: dict[int, tf.Variable] = {}  # what compression has kept back so far
         with strategy.scope():
             # Steps this replica took in this block.
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
-            # Of the block whose deltas were sent last: what `_outgoing` puts into the header.
+            # Of the block whose deltas were sent last: whether they are in the mean, whether to
+            # stop, steps, and the number of the first tensor not finite.
             self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
-            # What compression has kept back so far.
-            self.residuals: list = []
-            if getattr(strategy, "compression", None):
-                self.residuals = [
-                    tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="residual")
-                    for v in optimizer.trained_variables
-                ]
+
+    def ready(self) -> None:
+        """Makes what depends on the rules, once they are known."""
+        with self._strategy.scope():
+            self._rules.follow()
+            if getattr(self._strategy, "compression", None):
+                for v in self.trained:
+                    if id(v) not in self._residuals:
+                        zeros = tf.zeros(v.shape, v.dtype)
+                        residual = tf.Variable(zeros, trainable=False, name="residual")
+                        self._residuals[id(v)] = residual
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """Its state."""
-        return [self.steps, self._sent_counts, *self.residuals]
+        starts = self._rules.starts
+        return [self.steps, self._sent_counts, *self._residuals.values(), *starts]
 
-    def _compiled(self, replica_fn):
+    @property
+    def compressed(self) -> bool:
+        """Whether deltas travel in codes."""
+        return bool(self._residuals)
+
+    @property
+    def travelling(self) -> list[Any]:
+        """The variables that a boundary averages, in the order of `_outgoing`."""
+        return [*self.trained, *self.statistics]
+
+    @property
+    def settling(self) -> list[Any]:
+        """The variables that `settle` makes the same on all replicas."""
+        return [*self._averages, *self._rules.of(SUM, FIRST, MAXIMUM, MINIMUM)]
+
+    @property
+    def trained(self) -> list[Any]:
+        """The variables with block momentum."""
+        return [v for optimizer in self._optimizers for v in optimizer.trained_variables]
+
+    @property
+    def statistics(self) -> list[Any]:
+        """What is averaged at a boundary besides the weights."""
+        slots = [v for optimizer in self._optimizers for v in optimizer.averaged_state]
+        return [*self._rules.of(MEAN), *slots]
+
+    @property
+    def _averages(self) -> list[Any]:
+        """The inner optimizers' moving averages of the weights. Their mean may be taken at any
+        later time with the same result, so it is before somebody looks at them."""
+        return [
+            average
+            for optimizer in self._optimizers
+            for average, _ in _keras.moving_averages(optimizer.inner_optimizer)
+        ]
+
+    def _compiled(self, replica_fn: Callable) -> Callable:
         """A function of the boundary that does not communicate. For large models XLA compiles
         it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
-        weights = sum(v.shape.num_elements() for v in self._block_momentum.trained_variables)
+        weights = sum(v.shape.num_elements() for v in self.trained)
         jit = self._jit or weights >= _LARGE
         return tf.function(replica_fn, jit_compile=jit, autograph=False)
 
-    #
-    # The weights pass through memory as seldom as the arithmetic allows. XLA computes each
-    # output of a function from the function's inputs alone, so what two outputs share is
-    # computed, and its inputs are read, twice: hence several small compiled functions.
+    # -- without overlap ----------------------------------------------------------------------
 
-    def boundary(self, ended, stopping):
-        """Ends this replica's block. Returns the status, see `_status`, and the drift."""
-        sums, header = self._detach(sum_packs(self.leave(ended, stopping)))
-        status = self._status(header)
+    def boundary(self, told: tf.Tensor) -> tf.Tensor:
+        """Ends this replica's block. Returns the status: the summed header, and the drift."""
+        sums, header = self._detach(sum_packs(self.leave(told)))
         come_back = self._compiled(self._come_back)
-        drift = tf.cond(status[0] > 0, lambda: come_back(sums, header), lambda: 0.0)
+        some = self.header.read(header)["active"] > 0
+        drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
         self._heal()
-        return tf.concat([status, [drift]], axis=0)
+        return tf.concat([header, [drift]], axis=0)
 
-    def _come_back(self, sums, header):
+    def _come_back(self, sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
         """The outer step, and this replica to the anchor. Returns the drift."""
-        optimizer = self._block_momentum
         d, others = self._means(sums, header)
-        share = _share(header[0])
-        drift = optimizer.drift(d, header[-1] * share)
-        optimizer.end_block(optimizer.deltas(), d, header[3] * share)
-        for v, value in zip(self._statistics, others, strict=True):
+        numbers = self.header.read(header)
+        share = _share(numbers["active"])
+        drift = self._optimizers[0].drift(d, numbers["square"] * share)
+        for optimizer, its_d in self._by_optimizer(d):
+            optimizer.end_block(optimizer.deltas(), its_d, tf.reduce_sum(numbers["steps"]) * share)
+        for v, value in zip(self.statistics, others, strict=True):
             v.assign(value)
         return drift
 
-    def _heal(self):
+    def _heal(self) -> None:
         """Once the weights are finite again, the inner state of a replica that was left out."""
         if self._skip_nonfinite:
-            first = self._sent_counts[3]
-            tf.cond(first > 0, lambda: _make_finite(self._block_momentum), lambda: None)
 
-    def begin(self, sums):
+            def heal() -> None:
+                for optimizer in self._optimizers:
+                    make_finite(optimizer)
+
+            tf.cond(self._sent_counts[3] > 0, heal, lambda: None)
+
+    # -- overlap ------------------------------------------------------------------------------
+
+    def begin(self, sums: list[tf.Tensor]) -> None:
         """With `overlap`: lands the block before (`sums`, if there was one), begins the next."""
         if sums:
             self.land(sums)
-        self._compiled(self._block_momentum.begin_next)()
+
+        def begin_next() -> None:
+            for optimizer in self._optimizers:
+                optimizer.begin_next()
+
+        self._compiled(begin_next)()
         self._heal()
 
-    def send_again(self):
+    def go_back(self, which: list[tf.Tensor]) -> None:
+        """This replica to where it began the block, for the variables that `which` says."""
+        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
+        for v, begin, back in zip(self.trained, begins, which, strict=True):
+            v.assign(tf.where(back, begin, v))
+
+    def send_again(self) -> list[tf.Tensor]:
         """What was in flight when a backup was written; no data had ended."""
         taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
-        tensors = [*self._block_momentum.sent, *self._statistics]
+        tensors = [x for optimizer in self._optimizers for x in optimizer.sent]
+        tensors += self.statistics
         tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
-        header = self._header(taking_part > 0, False, stopping, steps, first)
-        return self._attach(pack(tensors), header)
+        told = tf.cast([0, stopping, 0, 0, 0], tf.float32)
+        return self._attach(pack(tensors), self._header(told, taking_part > 0, steps, first, 0.0))
 
-    def transport(self, packs):
+    def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
         sums = sum_packs(packs)
-        return sums, tf.concat([self._status(self._detach(sums)[1]), [0.0]], axis=0)
+        return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
-    def land(self, sums, flush=None):
+    def land(self, sums: list[tf.Tensor], flush: tf.Tensor | None = None) -> None:
         """The outer step of the block before; with `flush` (None: never) this replica to the
         anchor, and the statistics' means. Without it they go on as they are: moving averages of
         a replica's own may be averaged at any later time with the same result."""
-        optimizer = self._block_momentum
         sums, header = self._detach(sums)
+        numbers = self.header.read(header)
 
-        def outer_step(sums, header):
-            optimizer.land(self._means(sums, header)[0])
+        def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> None:
+            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
+                optimizer.land(its_d)
 
-        tf.cond(header[0] > 0, lambda: self._compiled(outer_step)(sums, header), lambda: None)
+        step = self._compiled(outer_step)
+        tf.cond(numbers["active"] > 0, lambda: step(sums, header), lambda: None)
         if flush is not None:
-            optimizer.discard_block()
-        if not self._statistics or (flush is None and not self._skip_nonfinite):
+            for optimizer in self._optimizers:
+                optimizer.discard_block()
+        if not self.statistics or (flush is None and not self._skip_nonfinite):
             return
-        for v, value in zip(self._statistics, self._means(sums, header)[1], strict=True):
+        for v, value in zip(self.statistics, self._means(sums, header)[1], strict=True):
             own = tf.convert_to_tensor(v)
             if flush is not None:
-                v.assign(tf.where(tf.logical_and(flush, header[-1] > 0), value, own))
+                v.assign(tf.where(tf.logical_and(flush, numbers["finite"] > 0), value, own))
             else:
                 v.assign(tf.where(tf.math.is_finite(own), own, value))
 
-    def leave(self, ended, stopping):
+    # -- what is sent -------------------------------------------------------------------------
+
+    def leave(self, told: tf.Tensor) -> list[tf.Tensor]:
         """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
         as zeros if it is left out; then the header."""
-        optimizer = self._block_momentum
         steps = tf.convert_to_tensor(self.steps)
         self.steps.assign(tf.zeros_like(self.steps))
-        if optimizer.overlap:
+        if self._overlap:
             self._compiled(self._keep)(steps)
         # Without XLA they are parts of the variables with the deltas, not copies.
-        in_variables = optimizer.overlap and not self.residuals
+        in_variables = self._overlap and not self.compressed
         packs = (self._packed if in_variables else self._compiled(self._packed))(steps)
         finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in packs)])
         first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
         taking_part = tf.logical_and(steps > 0, finite)
         # Not by multiplying: a replica that is left out may hold anything.
         packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
-        if optimizer.measures_drift:
+        square = tf.constant(0.0)
+        if self._optimizers[0].measures_drift:
             square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
             square = tf.where(taking_part, square, 0.0)
-        if self.residuals:  # not one function with the next: XLA would copy before it overwrites
+        if self.compressed:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
-        if optimizer.overlap:
+        if self._overlap:
             as_it_was = tf.logical_and(finite, in_variables)
             settle = self._compiled(self._settle_sent)
             tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part))
-        counts = (taking_part, stopping, steps, first)
+        counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
-        header = self._header(taking_part, ended, stopping, steps, first)
-        if optimizer.measures_drift:
-            header = tf.concat([header, [square]], axis=0)
-        return self._attach(packs, header)
+        return self._attach(packs, self._header(told, taking_part, steps, first, square))
 
-    def _wanted(self, steps):
+    def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
-        deltas = self._block_momentum.deltas()
-        if self.residuals:
-            deltas = [x + r for x, r in zip(deltas, self.residuals, strict=True)]
+        deltas = [x for optimizer in self._optimizers for x in optimizer.deltas()]
+        if self.compressed:
+            kept = [self._residuals[id(v)] for v in self.trained]
+            deltas = [x + r for x, r in zip(deltas, kept, strict=True)]
         return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
 
-    def _keep(self, steps):
+    def _keep(self, steps: tf.Tensor) -> None:
         """With `overlap`: the deltas are in variables from now on."""
-        self._block_momentum.keep_deltas(self._wanted(steps))
+        for optimizer, deltas in self._by_optimizer(self._wanted(steps)):
+            optimizer.keep_deltas(deltas)
 
-    def _coded(self, steps):
+    def _coded(self, steps: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """What this replica sends as deltas, and what compression would keep back."""
-        if self._block_momentum.overlap:
-            wanted = list(map(tf.convert_to_tensor, self._block_momentum.sent))
+        if self._overlap:
+            sent = [x for optimizer in self._optimizers for x in optimizer.sent]
+            wanted = list(map(tf.convert_to_tensor, sent))
         else:
             wanted = self._wanted(steps)
-        return self._strategy.compress(wanted) if self.residuals else (wanted, [])
+        return self._strategy.compress(wanted) if self.compressed else (wanted, [])
 
-    def _packed(self, steps):
+    def _packed(self, steps: tf.Tensor) -> list[tf.Tensor]:
         return pack(self._outgoing(steps))
 
-    def _outgoing(self, steps):
+    def _outgoing(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """What a replica sends but for the header, should all be finite."""
-        statistics = list(map(tf.convert_to_tensor, self._statistics))
-        if not self._block_momentum.overlap:  # with it they are averaged later, if at all
+        statistics = list(map(tf.convert_to_tensor, self.statistics))
+        if not self._overlap:  # with it they are averaged later, if at all
             statistics = [tf.where(steps > 0, t, tf.zeros_like(t)) for t in statistics]
         return [*self._coded(steps)[0], *statistics]
 
-    def _first_not_finite(self, steps):
+    def _first_not_finite(self, steps: tf.Tensor) -> tf.Tensor:
         """The number, from 1, of the first tensor that is not."""
         finite = [tf.reduce_all(tf.math.is_finite(t)) for t in self._outgoing(steps)]
         return tf.argmin(tf.cast(tf.stack([True, *finite]), tf.int32), output_type=tf.int32)
 
-    def _settle_residuals(self, steps, taking_part):
+    def _settle_residuals(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
         """What has been sent is kept back no longer."""
-        rests = self._coded(steps)[1]
-        for residual, rest in zip(self.residuals, rests, strict=True):
+        for v, rest in zip(self.trained, self._coded(steps)[1], strict=True):
+            residual = self._residuals[id(v)]
             residual.assign(tf.where(taking_part, rest, residual))
 
-    def _settle_sent(self, steps, taking_part):
+    def _settle_sent(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
         """With `overlap`: what has been sent is what is in flight."""
-        codes = self._coded(steps)[0]
-        for x, code in zip(self._block_momentum.sent, codes, strict=True):
-            x.assign(tf.where(taking_part, tf.cast(code, x.dtype), tf.zeros_like(x)))
+        for optimizer, codes in self._by_optimizer(self._coded(steps)[0]):
+            for x, code in zip(optimizer.sent, codes, strict=True):
+                x.assign(tf.where(taking_part, tf.cast(code, x.dtype), tf.zeros_like(x)))
+
+    def _by_optimizer(self, tensors: list[tf.Tensor]) -> list[tuple[Any, list[tf.Tensor]]]:
+        """Each optimizer with its part of a list with one for each trained variable."""
+        rest = iter(tensors)
+        return [(o, [next(rest) for _ in o.trained_variables]) for o in self._optimizers]
+
+    # -- on the wire --------------------------------------------------------------------------
 
     @property
-    def _wire_specs(self):
+    def _wire_specs(self) -> list[tf.TensorSpec]:
         """What `_outgoing` returns: shapes and dtypes."""
         specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self.travelling]
-        if self.residuals:
-            weights = len(self.residuals)
+        if self.compressed:
+            weights = len(self.trained)
             specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
         return specs
 
-    @property
-    def travelling(self):
-        """The variables that a boundary averages, in the order of `_outgoing`."""
-        return [*self._block_momentum.trained_variables, *self._statistics]
+    def _header(
+        self, told: tf.Tensor, taking_part: Any, steps: Any, first: Any, square: Any
+    ) -> Any:
+        numbers = dict(zip(TOLD, tf.unstack(told), strict=True))
+        numbers |= {
+            "active": taking_part,
+            "steps": tf.where(taking_part, steps, 0),
+            "nonfinite": first,
+            "finite": first == 0,
+            "square": square,
+        }
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return self.header.write(replica, numbers)
 
-    @property
-    def _statistics(self):
-        """What is averaged at a boundary besides the weights."""
-        return [*self._averaged, *self._block_momentum.averaged_state]
-
-    def _header(self, taking_part, ended, stopping, steps, first):
-        context = tf.distribute.get_replica_context()
-        replica, replicas = context.replica_id_in_sync_group, context.num_replicas_in_sync
-        wire = self._header_dtype
-        taken = tf.where(taking_part, steps, 0)
-        numbers = [taking_part, ended, stopping, taken]
-        which = tf.one_hot(replica, replicas, dtype=wire) * tf.cast(first, wire)
-        counts = [tf.cast(x, wire) for x in numbers]
-        last = [tf.cast(first == 0, wire)] if self._block_momentum.overlap else []
-        return tf.concat([counts, which, last], axis=0)
-
-    @property
-    def _header_dtype(self):
-        """One that is on the wire anyway, unless it counts badly."""
-        specs = self._wire_specs
-        wire = specs[0].dtype if specs else tf.float32
-        coarse = wire in (tf.bfloat16, tf.float16) or self._block_momentum.scheduled
-        return tf.float32 if coarse else wire
-
-    def _attach(self, packs, header):
+    def _attach(self, packs: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
         """Appends the header to the last pack of its dtype, or as a pack of its own."""
         i = _last_of(packs, header.dtype)
         if i is None:
             return [*packs, header]
         return [*packs[:i], tf.concat([packs[i], header], axis=0), *packs[i + 1 :]]
 
-    def _detach(self, packs):
+    def _detach(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The reverse of `_attach`, of sums."""
-        optimizer = self._block_momentum
-        size = 4 + self._strategy.num_replicas_in_sync
-        size += optimizer.overlap or optimizer.measures_drift
-        i = _last_of(packs, self._header_dtype)
+        i, size = _last_of(packs, tf.float32), self.header.size
+        assert i is not None
         rest = [packs[i][:-size]] if packs[i].shape[0] > size else []
         return [*packs[:i], *rest, *packs[i + 1 :]], packs[i][-size:]
 
-    def _status(self, header):
-        """From a summed header: how many replicas were averaged, how many replicas' data has
-        ended, how many ask to stop, the steps of those averaged, then for each replica 0 or the
-        number of its first tensor that is not finite."""
-        return tf.cast(header[: 4 + self._strategy.num_replicas_in_sync], tf.float32)
-
-    def _means(self, sums, header):
+    def _means(
+        self, sums: list[tf.Tensor], header: tf.Tensor
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """The means of the deltas and of the statistics, from their sums, packed, and the summed
         header, which says how many replicas are in them."""
-        weights = len(self._block_momentum.trained_variables)
-        share = _share(header[0])
-        others = _share(header[-1]) if self._block_momentum.overlap else share
+        weights = len(self.trained)
+        numbers = self.header.read(header)
+        active, others = numbers["active"], numbers["finite" if self._overlap else "active"]
         means = [
-            tf.cast(s, v.dtype) * tf.cast(share if i < weights else others, v.dtype)
+            tf.cast(s, v.dtype) * _share(active if i < weights else others, v.dtype)
             for i, (s, v) in enumerate(
                 zip(unpack(sums, self._wire_specs), self.travelling, strict=True)
             )
         ]
         return means[:weights], means[weights:]
 
+    # -- before somebody looks ----------------------------------------------------------------
 
-def _last_of(packs, dtype):
+    def settle(self) -> None:
+        """Makes the rest of the state the same on all replicas, by each variable's rule."""
+        rules, replicas = self._rules, self._strategy.num_replicas_in_sync
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        mean, total, first = self._averages, rules.of(SUM), rules.of(FIRST)
+        extrema = [(v, tf.reduce_max) for v in rules.of(MAXIMUM)]
+        extrema += [(v, tf.reduce_min) for v in rules.of(MINIMUM)]
+        only_first = [tf.where(tf.equal(replica, 0), v, tf.zeros_like(v)) for v in first]
+        plain = [tf.convert_to_tensor(v) for v in [*mean, *total]]
+        sums = iter(sum_over_replicas([*plain, *only_first]))
+        largest = self._extrema(extrema)
+        for v in mean:
+            v.assign(next(sums) * _share(replicas, v.dtype))
+        for v, start in zip(total, rules.starts, strict=True):
+            value = next(sums) - (replicas - 1) * tf.convert_to_tensor(start)
+            v.assign(value)
+            start.assign(value)
+        for v in first:
+            v.assign(next(sums))
+        for (v, _), value in zip(extrema, largest, strict=True):
+            v.assign(value)
+
+    def _extrema(self, wanted: list[tuple[Any, Callable]]) -> list[tf.Tensor]:
+        """The largest or smallest value on any replica, by the function beside the variable."""
+        place = tf.equal(
+            tf.range(self._strategy.num_replicas_in_sync),
+            tf.distribute.get_replica_context().replica_id_in_sync_group,
+        )
+        rows = [
+            tf.where(tf.reshape(place, [-1] + [1] * len(v.shape)), v, tf.zeros([], v.dtype))
+            for v, _ in wanted
+        ]
+        sums = sum_over_replicas(rows)
+        return [reduce(row, axis=0) for row, (_, reduce) in zip(sums, wanted, strict=True)]
+
+    def align(self) -> None:
+        """Gives the inner optimizers' counts of steps the largest value of any replica, so that
+        schedules give all the same learning rate."""
+        counters = [v for o in self._optimizers for v in _keras.counters(o.inner_optimizer)]
+        largest = self._extrema([(v, tf.reduce_max) for v in counters])
+        for v, value in zip(counters, largest, strict=True):
+            v.assign(value)
+
+    def average_anchors(self) -> None:
+        """Anchors that were set to unlike values become their means; so does this replica."""
+        anchors = [a for optimizer in self._optimizers for a in optimizer.anchors]
+        replicas = self._strategy.num_replicas_in_sync
+        sums = sum_over_replicas(list(map(tf.convert_to_tensor, anchors)))
+        for v, anchor, total in zip(self.trained, anchors, sums, strict=True):
+            anchor.assign(total * _share(replicas, anchor.dtype))
+            v.assign(anchor)
+
+    def moved(self) -> tf.Tensor:
+        """For each trained variable whether it is not at the anchor."""
+        anchors = [a for optimizer in self._optimizers for a in optimizer.anchors]
+        pairs = zip(self.trained, anchors, strict=True)
+        return tf.stack([tf.reduce_any(tf.not_equal(v, a)) for v, a in pairs])
+
+
+def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     """The number of the last pack of that dtype, or None."""
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
 
 
-def _share(replicas):
+def _share(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
     """What one of so many has in a mean."""
-    return tf.math.reciprocal(tf.maximum(replicas, 1))
-
-
-def _make_finite(optimizer):
-    """Rids a replica's inner state of NaN and infinity, which would return at every step."""
-    inner = optimizer.inner_optimizer
-    averages = {id(v): w for v, w in _keras.moving_averages(inner, optimizer.trained_variables)}
-    for v in inner.variables:
-        if tf.as_dtype(v.dtype).is_floating:
-            value = tf.convert_to_tensor(v)
-            instead = averages.get(id(v), tf.zeros_like(value))
-            v.assign(tf.where(tf.math.is_finite(value), value, instead))
+    exact = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
+    return tf.cast(tf.math.reciprocal(tf.maximum(tf.cast(replicas, exact), 1)), dtype)

@@ -1,5 +1,10 @@
-"""Sums over the replicas."""
+"""What replicas tell each other: sums, and what is made of sums."""
 
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum.boundary.packing import pack, unpack
@@ -7,13 +12,13 @@ from tf_blockmomentum.boundary.packing import pack, unpack
 _AT_ONCE = 2  # messages on their way; see packing
 
 
-def sum_over_replicas(tensors):
+def sum_over_replicas(tensors: Sequence[Any]) -> list[tf.Tensor]:
     """Sums each tensor over all replicas, in replica context: a few large messages.
 
     Adds one packed copy of `tensors` to memory while it runs.
 
     Args:
-        tensors: list of floating point tensors, of the same shapes on every replica.
+        tensors: list of tensors, of the same shapes on every replica.
 
     Returns:
         List of the sums, of the same shapes and dtypes.
@@ -21,7 +26,7 @@ def sum_over_replicas(tensors):
     return unpack(sum_packs(pack(tensors)), tensors)
 
 
-def sum_packs(packs):
+def sum_packs(packs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Sums flat tensors over all replicas, in replica context, a few at a time: each has buffers
     of its own in TensorFlow's transport while it travels."""
     context = tf.distribute.get_replica_context()
@@ -32,3 +37,48 @@ def sum_packs(packs):
             flat = tf.identity(flat)  # in any case: an argument alone has no device
         sums.append(context.all_reduce(tf.distribute.ReduceOp.SUM, flat))
     return sums
+
+
+def gather(strategy: tf.distribute.Strategy, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Gives every worker what each replica has to say: one all-reduce, called by all workers.
+
+    Args:
+        strategy: of which the replicas are.
+        rows: for each replica of this worker as many whole numbers (63 bits).
+
+    Returns:
+        Array of shape [replicas, numbers].
+    """
+    if strategy.num_replicas_in_sync == 1:
+        return np.asarray(rows, np.int64)
+    own = iter(rows)
+    values = strategy.experimental_distribute_values_from_function(
+        lambda _: tf.constant(next(own), tf.int64)
+    )
+    return strategy.experimental_local_results(_gathering(strategy)(values))[0].numpy()
+
+
+@functools.cache
+def _gathering(strategy: tf.distribute.Strategy) -> Any:
+    def replica(row: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        place = tf.one_hot(
+            context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=row.dtype
+        )
+        return sum_over_replicas([place[:, tf.newaxis] * row])[0]
+
+    return tf.function(lambda row: strategy.run(replica, args=(row,)), autograph=False)
+
+
+def take_from_first(strategy: tf.distribute.Strategy, variables: Sequence[Any]) -> None:
+    """Every replica takes the first one's values, called by all workers. Adds a packed copy of
+    the variables to memory while it runs."""
+
+    def replica() -> None:
+        first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
+        values = [tf.where(first, v, tf.zeros_like(v)) for v in variables]
+        for v, value in zip(variables, sum_over_replicas(values), strict=True):
+            v.assign(value)
+
+    if strategy.num_replicas_in_sync > 1:
+        tf.function(lambda: strategy.run(replica), autograph=False)()

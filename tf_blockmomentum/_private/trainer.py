@@ -1,0 +1,403 @@
+"""All that is private of Keras's trainer: `fit`, `evaluate` and `predict` in blocks.
+
+There is no public place for it: `evaluate` may come before any callback of ours. Keras's own
+functions put collectives into graph loops and into XLA, where they fail under
+MultiWorkerMirroredStrategy, and synchronise every step.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_blockmomentum import progress
+from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.boundary.header import crc
+from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.strategy import BlockStrategy, check_global_batch, worker_of
+
+_Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
+
+
+@dataclasses.dataclass
+class Fit:
+    """What a fit was called with, and its callback cannot know."""
+
+    data: int = 0  # a checksum of arrays; 0: other data
+    stops_on_nan: bool = False
+
+
+def fit_of(model: keras.Model) -> Fit:
+    """Of the fit that is beginning."""
+    return getattr(model, "_tfbm_fit", None) or Fit()
+
+
+def _ours(model: keras.Model) -> bool:
+    return isinstance(model.distribute_strategy, BlockStrategy) or bool(
+        _keras.optimizers_of(model, find)
+    )
+
+
+def _method(make: Callable) -> None:
+    """Replaces a method of Keras's trainer, for models with a block strategy or with
+    BlockMomentum only."""
+    name = make.__name__
+    original = getattr(_Trainer, name)
+    original = getattr(original, "_tfbm_original", original)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (functools.partial(make, self, original) if _ours(self) else
+                functools.partial(original, self))(*args, **kwargs)  # fmt: skip
+
+    method._tfbm_original = original  # type: ignore[attr-defined]
+    setattr(_Trainer, name, method)
+
+
+def training_of(model: keras.Model) -> Any:
+    """The BlockTraining that trains a model, or None."""
+    training = getattr(model.train_function, "__self__", None)
+    return training if hasattr(training, "after_callbacks") else None
+
+
+class _LastCallback(keras.callbacks.Callback):
+    """Hears of batches' and epochs' ends after the user's callbacks. Fit reads `stop_training`
+    next."""
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        training = training_of(self.model)
+        if training is not None:
+            training.after_batch_callbacks()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        training = training_of(self.model)
+        if training is not None:
+            training.after_callbacks()
+
+
+def install(make_test_function: Callable, between_fits: Callable) -> None:
+    """Lets `fit`, `evaluate`, `predict` and `train_on_batch` run in blocks.
+
+    Args:
+        make_test_function: called with a model, returns its `test_function`.
+        between_fits: called with a model, returns the `train_function` it has outside fit.
+    """
+
+    def fit(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs)
+        wanted, strategy = given.arguments, self.distribute_strategy
+        x, y = wanted.get("x"), wanted.get("y")
+        _check_fit(self)
+        check_global_batch(_batch_size(x, wanted), strategy)
+        callbacks = wanted.get("callbacks")
+        last = _LastCallback()
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            last.set_model(self)  # which the list did for the others when it was made
+            callbacks.callbacks.append(last)
+            known = callbacks.callbacks
+        else:
+            known = [*keras.tree.flatten(callbacks or []), last]
+            wanted["callbacks"] = known
+        inside = [getattr(callback, "callback", callback) for callback in known]
+        self._tfbm_fit = Fit(
+            data=_fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
+            stops_on_nan=any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in inside),
+        )
+        try:
+            with _any_batch(strategy):
+                return original(*given.args, **given.kwargs)
+        finally:
+            self._tfbm_fit = None
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                callbacks.callbacks.remove(last)
+
+    def evaluate(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        _flush(self)
+        before, self._tfbm_tests = getattr(self, "_tfbm_tests", False), True
+        try:
+            with _any_batch(self.distribute_strategy):
+                return original(self, *args, **kwargs)
+        finally:
+            self._tfbm_tests = before
+
+    def predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+        _flush(self)
+        with _any_batch(self.distribute_strategy):
+            return original(self, _in_order(x, self.distribute_strategy), *args, **kwargs)
+
+    def test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        _flush(self)
+        return original(self, *args, **kwargs)
+
+    def make_train_function(self: Any, original: Callable, force: bool = False) -> Any:
+        if not _keras.optimizers_of(self, find):
+            return original(self, force=force)
+        if self.train_function is None or force:
+            self.train_function = between_fits(self)
+        return self.train_function
+
+    def _maybe_symbolic_build(
+        self: Any, original: Callable, iterator: Any = None, data_batch: Any = None
+    ) -> Any:
+        # Fit's epoch iterator is a local variable of fit, and passes through here just before
+        # callbacks are told of the beginning of training.
+        self._tfbm_epoch_iterator = None if iterator is None else weakref.ref(iterator)
+        strategy = self.distribute_strategy
+        if not isinstance(strategy, BlockStrategy):
+            return original(self, iterator=iterator, data_batch=data_batch)
+        with strategy.local_input():  # only shapes are wanted
+            if iterator is not None:
+                # Without drawing a batch, as on one device: it would be missing from the epoch,
+                # or a thread be left that reads ahead (keras issue 20425).
+                spec = iterator._get_iterator().element_spec
+                if _keras.build(self, spec):
+                    return None
+            return original(self, iterator=iterator, data_batch=data_batch)
+
+    def reset_metrics(self: Any, original: Callable) -> Any:
+        # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
+        with _locally(self.distribute_strategy):
+            return original(self)
+
+    def make_test(self: Any, original: Callable, force: bool = False) -> Any:
+        if not isinstance(self.distribute_strategy, BlockStrategy):
+            return original(self, force=force)
+        _keras.check_scope(self)
+        if self.test_function is None or force:
+            self.test_function = make_test_function(self)
+        return self.test_function
+
+    make_test.__name__ = "make_test_function"
+
+    def make_predict_function(self: Any, original: Callable, force: bool = False) -> Any:
+        if not isinstance(self.distribute_strategy, BlockStrategy):
+            return original(self, force=force)
+        with _without_jit(self):
+            return original(self, force=force)
+
+    def _get_metrics_result_or_logs(self: Any, original: Callable, logs: Any) -> Any:
+        tests, training = getattr(self, "_tfbm_tests", False), training_of(self)
+        strategy = self.distribute_strategy
+        progress.note("waits for the metrics of all workers")
+        if training is not None and not tests:
+            training.before_epoch_logs()
+        if not isinstance(strategy, BlockStrategy):
+            return original(self, logs)
+        result = self.get_metrics_result()
+        progress.note("has the metrics of all workers")
+        specs = self.test_function.steps.specs if tests else training and training.log_specs
+        own = logs or specs or result
+        if not isinstance(own, dict) or set(own) == set(result):
+            return result
+        # Not metrics: what a train_step or test_step of the user's returned. A worker without
+        # data has none of its own.
+        return keras.tree.map_structure(
+            lambda value: strategy.mean_over_workers(
+                value if logs else tf.zeros(value.shape), bool(logs)
+            ),
+            own,
+        )
+
+    for replacement in (
+        fit,
+        evaluate,
+        predict,
+        test_on_batch,
+        make_train_function,
+        _maybe_symbolic_build,
+        reset_metrics,
+        make_test,
+        make_predict_function,
+        _get_metrics_result_or_logs,
+    ):
+        _method(replacement)
+
+
+def _flush(model: keras.Model) -> None:
+    """Before somebody looks at a model, it is one model."""
+    training = training_of(model)
+    if training is not None:
+        training.flush()
+
+
+def _check_fit(model: keras.Model) -> None:
+    """Raises ValueError for what cannot run in blocks, or under a block strategy."""
+    strategy = model.distribute_strategy
+    if _keras.optimizers_of(model, find):
+        layers = _keras.layers_of(model)
+        names = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
+        if names and strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "A layer cannot be synchronized within a block, in which replicas do not "
+                f"communicate. Received: synchronized=True in {', '.join(names)}. Use "
+                "BatchNormalization(synchronized=False): its moving statistics are averaged at "
+                "every boundary."
+            )
+    elif model.steps_per_execution > 1 and worker_of(strategy)[1] > 1:
+        raise ValueError(
+            "With an optimizer of Keras's own, fit is synchronous, and TensorFlow cannot put its "
+            "collectives into a loop of several steps. Received: steps_per_execution="
+            f"{model.steps_per_execution}. Compile with steps_per_execution=1, or train in "
+            "blocks with tfbm.BlockMomentum."
+        )
+
+
+def _leaves(x: Any) -> list[Any]:
+    """The arrays of some data; none if it is a dataset or a generator."""
+    leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
+    return leaves if all(getattr(leaf, "shape", None) is not None for leaf in leaves) else []
+
+
+def _batch_size(x: Any, wanted: dict[str, Any]) -> int | None:
+    """Of the batches that fit will make of its data; None if that is not known."""
+    if isinstance(x, tf.data.Dataset):
+        size = tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(x))
+        return int(size) if size > 0 else None
+    if isinstance(x, keras.utils.PyDataset):
+        first = _leaves(x[0])
+        return len(first[0]) if first else None
+    leaves, size, steps = _leaves(x), wanted.get("batch_size"), wanted.get("steps_per_epoch")
+    if not leaves or size:
+        return size
+    return -(-int(leaves[0].shape[0]) // steps) if steps else 32  # Keras's default
+
+
+def _fingerprint(x: Any, y: Any) -> int:
+    """A checksum of arrays: shapes, first and last rows."""
+    leaves = _leaves((x, y))
+    try:
+        parts = [[np.array(leaf.shape), np.asarray(leaf[:8]), np.asarray(leaf[-8:])]
+                 for leaf in leaves]  # fmt: skip
+        return crc([array for part in parts for array in part])
+    except (TypeError, ValueError, KeyError):  # data frames, sparse and ragged tensors
+        return 0
+
+
+def _in_order(x: Any, strategy: tf.distribute.Strategy) -> Any:
+    """Data of which each worker takes its part of every batch, so that the results come in the
+    dataset's order. TensorFlow would share out the files where a dataset reads files."""
+    if worker_of(strategy)[1] == 1:
+        return x
+    policy = tf.data.experimental.AutoShardPolicy
+    if isinstance(x, tf.data.Dataset):
+        chosen = x.options().experimental_distribute.auto_shard_policy
+        if chosen in (policy.AUTO, policy.DATA):
+            options = tf.data.Options()
+            options.experimental_distribute.auto_shard_policy = policy.DATA
+            return x.with_options(options)
+    elif not isinstance(x, tf.distribute.DistributedDataset):
+        return x
+    warn_of_order()
+    return x
+
+
+def warn_of_order() -> None:
+    """Says in which order predictions come."""
+    warnings.warn(
+        "predict's rows come in the order in which the workers hold them: batch by batch, in each "
+        "batch those of worker 0, of worker 1, and so on. For the order of a dataset give predict "
+        "that dataset, undistributed, with no auto_shard_policy of its own.",
+        stacklevel=2,
+    )
+
+
+def _locally(strategy: tf.distribute.Strategy) -> Any:
+    return strategy.local_input() if isinstance(strategy, BlockStrategy) else _nothing()
+
+
+def _any_batch(strategy: tf.distribute.Strategy) -> Any:
+    return strategy.any_batch() if isinstance(strategy, BlockStrategy) else _nothing()
+
+
+def _nothing() -> Any:
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _without_jit(model):
+    # strategy.run lifts a jitted function out over all devices, which XLA refuses.
+    before, model._jit_compile = model._jit_compile, False
+    try:
+        yield
+    finally:
+        model._jit_compile = before
+
+
+# -- where fit is in its data -----------------------------------------------------------------
+
+
+class Epochs:
+    """What fit's own epoch iterator, of which no callback can get hold, knows and can be told.
+
+    Counts the iterators that fit makes, one or two an epoch: each draws the next seed of a
+    dataset that reshuffles, so that a new process has to draw as many.
+    """
+
+    def __init__(self, epoch_iterator):
+        self._epochs = epoch_iterator
+        self._made = 0
+        self._get = epoch_iterator._get_iterator
+        epoch_iterator._get_iterator = self._counting
+
+    def _counting(self):
+        self._made += 1
+        return self._get()
+
+    @property
+    def element_spec(self):
+        return self._get().element_spec
+
+    def state(self, epoch_ended):
+        """A dict for `resume`: whole numbers and None."""
+        epochs = self._epochs
+        goes_on = not epoch_ended or (
+            epochs.steps_per_epoch is not None and epochs._current_iterator is not None
+        )
+        return {
+            "goes_on": goes_on,  # with the iterator it has
+            "iterators": self._made - goes_on,  # before that one
+            "fresh": epoch_ended and epochs._steps_seen == 0,  # and it has given nothing yet
+            "steps_seen": epochs._steps_seen,
+            "num_batches": epochs._num_batches,
+        }
+
+    def resume(self, state, step, restore):
+        """Makes the next epoch begin at `step`, from an iterator given to `restore`."""
+        epochs = self._epochs
+        if epochs._num_batches is None:  # found out when the data first ended
+            epochs._num_batches = state["num_batches"]
+        original = epochs._enumerate_iterator
+
+        def from_step():
+            del epochs._enumerate_iterator  # this epoch only
+            for _ in range(state["iterators"]):
+                iter(self._counting())
+            first = True
+            for begin, end, iterator in original():
+                if begin < step:
+                    continue
+                if first and state["goes_on"]:
+                    epochs._steps_seen = state["steps_seen"] + epochs.steps_per_execution
+                    restore(iterator)
+                first = False
+                yield begin, end, iterator
+
+        epochs._enumerate_iterator = from_step
+
+
+def epochs_of(model):
+    """The `Epochs` of the fit that is beginning."""
+    return Epochs(model._tfbm_epoch_iterator())
+
+
+def set_initial_epoch(model, epoch):
+    """As `BackupAndRestore` does; None takes it back, or the next fit would begin there too."""
+    model._initial_epoch = epoch

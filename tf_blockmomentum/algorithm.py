@@ -1,0 +1,259 @@
+"""The algorithm: what a block does to the anchor, the velocity and the replica's weights."""
+
+from typing import Any
+
+import tensorflow as tf
+from keras import ops
+
+from tf_blockmomentum import schedules
+from tf_blockmomentum._private import keras as _keras
+
+
+class Blocks:
+    """The part of `BlockMomentum` that starts and ends blocks, called by `BlockLoop`.
+
+    All of it is about the variables with block momentum: those of the optimizer's through which
+    updates go, and which the step does not assign as well (see `variables`).
+    """
+
+    # Made by BlockMomentum.
+    block_momentum: Any
+    block_learning_rate: Any
+    nesterov: Any
+    sync_period: Any
+    inner_optimizer: Any
+    outer_optimizer: Any
+    inner_state: str
+    overlap: bool
+    _blocks: Any
+
+    without_momentum: set[int] = frozenset()  # type: ignore[assignment]
+
+    _anchors: list[Any]
+    _global_step: Any
+    _adapted: Any
+    _sent: list[Any]
+    _in_flight: Any
+    _initial_slots: list[tuple[Any, float]]
+    _updated: set[int]
+
+    @property
+    def built_variables(self) -> list[Any]:
+        """All variables it was built with."""
+        return _keras.trained_variables(self)
+
+    @property
+    def updated(self) -> list[Any]:
+        """Those through which an update has gone, in the steps traced so far."""
+        return [v for v in self.built_variables if id(v) in self._updated]
+
+    @property
+    def trained_variables(self) -> list[Any]:
+        """Those with block momentum; all, before the first step."""
+        return self._of(self.built_variables)
+
+    @property
+    def anchors(self) -> list[Any]:
+        """The global weights at the last boundary, in the order of `trained_variables`."""
+        return self._of(self._anchors)
+
+    @property
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Those with block momentum, each with its anchor."""
+        return list(zip(self.trained_variables, self.anchors, strict=True))
+
+    @property
+    def shared_state(self) -> list[Any]:
+        """Its variables that are the same on all replicas whenever no block has begun, besides
+        the anchor: the velocity, counts of blocks and of steps, the learning rate."""
+        others = [self._global_step, self._adapted] if self.scheduled else []
+        rates = _keras.learning_rates(self.inner_optimizer)
+        return [self._blocks, *others, *self.outer_optimizer.variables, *rates]
+
+    def _of(self, variables: list[Any]) -> list[Any]:
+        """From a list with one for each of the built variables, those with block momentum."""
+        having = self._updated or {id(v) for v in self.built_variables}
+        having = having - self.without_momentum
+        return [x for x, v in zip(variables, self.built_variables, strict=True) if id(v) in having]
+
+    def deltas(self):
+        """How far this replica's weights have moved in this block, in replica context."""
+        pairs = zip(self.trained_variables, self.begins(), strict=True)
+        return [ops.subtract(w, x) for w, x in pairs]
+
+    def end_block(self, deltas, d, steps):
+        """Ends a block in this replica: the outer step, and back to the anchor.
+
+        Called by `BlockLoop` in replica context, if any replica took a step.
+
+        Args:
+            deltas: this replica's.
+            d: their means over the replicas.
+            steps: the replicas' mean number of steps.
+        """
+        self.take_outer_step(deltas, d)
+        self._reset_inner_state()
+        self._blocks.assign_add(1)
+        if self.scheduled:
+            self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
+
+    def _reset_inner_state(self):
+        if self.inner_state == "reset":
+            for slot, initial in self._initial_slots:
+                slot.assign(ops.full(slot.shape, initial, slot.dtype))
+
+    def take_outer_step(self, deltas, d):
+        """Moves the anchor by the replicas' mean delta, and this replica to the anchor.
+
+        Args:
+            deltas: this replica's, which the outer step has no use for.
+            d: their means over the replicas.
+        """
+        self._move_anchor(d)
+        self.discard_block()
+
+    def _move_anchor(self, d):
+        anchors = self.anchors
+
+        def rest():  # of the block momentum, while warming up
+            for anchor, x in zip(anchors, d, strict=True):
+                anchor.assign_add(x)
+
+        def outer_step():
+            self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
+
+        if self._warm_up:
+            tf.cond(self._global_step < self._warm_up, rest, outer_step)
+        else:
+            outer_step()
+        for w, anchor in zip(self.trained_variables, anchors, strict=True):
+            if w.constraint is not None:
+                anchor.assign(w.constraint(anchor))
+
+    # -- overlap: the outer step comes one block late ----------------------------------------
+
+    def keep_deltas(self, deltas):
+        """Ends a block in this replica: these are on their way from now on."""
+        for x, delta in zip(self.sent, deltas, strict=True):
+            x.assign(delta)
+        self._in_flight.assign(True)
+
+    def begin_next(self):
+        """Begins the next block where the outer step to come would lead if all replicas' deltas
+        were this one's."""
+        self._reset_inner_state()
+        for w, x in zip(self.trained_variables, self.begins(), strict=True):
+            w.assign(x)
+
+    def land(self, d):
+        """The outer step of the block before, with its mean delta."""
+        self._move_anchor(d)
+        self._blocks.assign_add(1)
+
+    @property
+    def sent(self):
+        """This replica's deltas in flight, a variable for each one with block momentum."""
+        return self._of(self._sent)
+
+    @property
+    def in_flight(self):
+        """Whether there are any, a bool."""
+        return self.overlap and bool(self._in_flight.numpy())
+
+    def begins(self):
+        """Where this replica began the block, in replica context."""
+        if not self.overlap:
+            return list(map(ops.convert_to_tensor, self.anchors))
+        beta, zeta = self.block_momentum, self.block_learning_rate
+        outer, anchors = self.outer_optimizer, self.anchors
+        velocities = self.sent  # times 0
+        if beta:
+            velocities = [outer.momentums[_keras.index_of(outer, a)] for a in anchors]
+        in_flight = ops.convert_to_tensor(self._in_flight)
+        begins = []
+        for w, anchor, sent, v in zip(
+            self.trained_variables, anchors, self.sent, velocities, strict=True
+        ):
+            anchor, sent = ops.convert_to_tensor(anchor), ops.convert_to_tensor(sent)
+            step = zeta * sent
+            if beta:
+                step = beta * v + step
+                if self.nesterov:
+                    step = beta * step + zeta * sent
+            begin = anchor + step
+            if w.constraint is not None:
+                begin = w.constraint(begin)
+            begins.append(tf.where(in_flight, begin, anchor))
+        return begins
+
+    def drift(self, d, square):
+        """The drift, or 0 where it is not measured.
+
+        Args:
+            d: the mean delta.
+            square: the replicas' mean square norm of theirs.
+        """
+        if not self.measures_drift:
+            return tf.constant(0.0)
+        spread = tf.maximum(square - square_norm(d), 0)  # mean |w_j|^2 - |mean w|^2
+        return tf.sqrt(tf.math.divide_no_nan(spread, square_norm(self.anchors)))
+
+    @property
+    def averaged_state(self):
+        """Variables of the inner optimizer that are averaged at a boundary."""
+        return _keras.slots(self.inner_optimizer) if self.inner_state == "average" else []
+
+    # -- how long a block is -----------------------------------------------------------------
+
+    @property
+    def scheduled(self):
+        """Whether `sync_period` is a schedule."""
+        return not isinstance(self.sync_period, int)
+
+    @property
+    def _warm_up(self):
+        return getattr(self.sync_period, "warm_up", 0)
+
+    @property
+    def measures_drift(self):
+        """Whether the schedule of `sync_period` wants to know the drift."""
+        return getattr(self.sync_period, "measures_drift", False)
+
+    @property
+    def period(self):
+        """K of the present block, an int."""
+        if not self.scheduled:
+            return self.sync_period
+        return schedules.period_of(
+            self.sync_period, int(self._global_step.numpy()), int(self._adapted.numpy())
+        )
+
+    def adapt_period(self, period, steps, drift):
+        """Tells the schedule of a block that has ended, `steps` of its `period` long."""
+        if self.measures_drift and steps:
+            before = int(self._adapted.numpy())
+            begun = int(self._global_step.numpy()) - steps
+            adapted = self.sync_period.adapt(begun, period, drift)
+            self._adapted.assign(adapted if steps >= period else min(adapted, before))
+
+    def restart_block(self):
+        """Takes the present weights for the anchor, on every replica of this worker: they
+        may have been set or loaded since the last boundary."""
+        if self.overlap:
+            self._in_flight.assign(False)
+        for w, anchor in zip(self.built_variables, self._anchors, strict=True):
+            if anchor is not None:
+                anchor.assign(w)
+                w.assign(anchor)
+
+    def discard_block(self):
+        """Takes the anchor for the present weights: the reverse of `restart_block`."""
+        if self.overlap:
+            self._in_flight.assign(False)
+        for w, anchor in zip(self.trained_variables, self.anchors, strict=True):
+            w.assign(anchor)
+
+
+def square_norm(tensors):
+    """The sum of the squares of all their elements, in float32."""
+    return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])

@@ -1,0 +1,325 @@
+"""The end of a block as the host sees it: what is called, what is in flight, what was told."""
+
+import concurrent.futures
+import functools
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_blockmomentum import progress
+from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.boundary.boundary import TOLD, Boundary
+from tf_blockmomentum.boundary.exchange import gather
+from tf_blockmomentum.boundary.header import checksum
+from tf_blockmomentum.boundary.nonfinite import describe
+from tf_blockmomentum.strategy import replicas_of, worker_of
+from tf_blockmomentum.variables import Rules
+
+_CHECK = 64  # boundaries from one comparison of the anchors to the next
+
+
+class Ending:
+    """Ends blocks, on this worker as on all others.
+
+    Args:
+        optimizers: the BlockMomentum optimizers.
+        wrappers: them as the user has them, perhaps with loss scaling around them.
+        strategy: of which the replicas are.
+        averaged: variables that are averaged whatever the step does with them.
+        jit: whether XLA compiles what does not communicate.
+        on_nonfinite: "raise", "skip", or "stop", which stops all workers without an error.
+    """
+
+    def __init__(
+        self,
+        optimizers: list[Any],
+        wrappers: Iterable[Any],
+        strategy: tf.distribute.Strategy,
+        averaged: Iterable[Any],
+        jit: bool,
+        on_nonfinite: str,
+    ) -> None:
+        self._optimizers = optimizers
+        self._strategy = strategy
+        self.on_nonfinite = on_nonfinite
+        self.rules = Rules(optimizers, wrappers, averaged)
+        skip = on_nonfinite == "skip"
+        self.replica = Boundary(optimizers, strategy, self.rules, jit, skip)
+        self._known: tuple | None = None  # what the compiled functions were made for
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
+        self._flight: concurrent.futures.Future | None = None  # deltas on their way
+        self._boundaries = 0
+        self._settled = True
+        self._uneven = False  # whether replicas have taken unlike numbers of steps
+        self._differing = False  # whether anchors were set to unlike values
+        self.weights_set = False  # on this worker, between steps, since the last boundary
+        self.ended = 0  # replicas whose data had ended at the last boundary
+        self.stopping = False  # whether a worker has asked all to stop
+        self.leaving = False  # whether a worker has asked all to end the process
+        self.skipped = 0
+        self.drift = 0.0
+
+    # -- what is compiled ---------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """Makes what depends on the rules and on the optimizers' settings, if they are new."""
+        known = (self.rules.follow(), *(optimizer.version for optimizer in self._optimizers))
+        if known == self._known:
+            return
+        self._known = known
+        replica = self.replica
+        replica.ready()
+        self.boundary = self._on_replicas(replica.boundary)
+        self._send = self._on_replicas(replica.leave)
+        self._begin = self._on_replicas(replica.begin)
+        self._land = self._on_replicas(replica.land)
+        self._transport = self._on_replicas(replica.transport)
+        self._send_again = self._on_replicas(replica.send_again)
+        self._settle = self._on_replicas(replica.settle)
+        self._align = self._on_replicas(replica.align)
+        self._average = self._on_replicas(replica.average_anchors)
+        self._moved = self._on_replicas(replica.moved)
+        self._go_back = self._on_replicas(replica.go_back)
+
+    def _on_replicas(self, replica_fn: Callable) -> Callable:
+        @functools.wraps(replica_fn)
+        def on_replicas(*args: Any) -> Any:
+            return self._strategy.run(replica_fn, args=args)
+
+        return tf.function(on_replicas, autograph=False)
+
+    def _first(self, values: Any) -> np.ndarray:
+        return self._strategy.experimental_local_results(values)[0].numpy()
+
+    # -- the order of things ------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether deltas are on their way."""
+        return self._flight is not None
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether the data of all replicas has ended, all of them knowing it."""
+        return self.ended == self._strategy.num_replicas_in_sync
+
+    def end(self, ended: bool, stopping: bool = False, leaving: bool = False) -> None:
+        """The boundary. A replica whose data has ended goes on taking part, without steps,
+        until the others' has ended too: all make the same number of boundaries."""
+        self.ready()
+        while True:
+            progress.note("waits in a boundary")
+            told = self._told(ended, stopping, leaving)
+            self._settled = False
+            if self._optimizers[0].overlap:
+                self.send_block(told)
+                if ended:
+                    self.land()
+            else:
+                period = self._optimizers[0].period
+                self._take_note(self.meet(told), period)
+                self._put_right()
+            self.forget_assignments()
+            progress.note("ended a block")
+            if not ended or self.all_ended:
+                return
+
+    def meet(self, told: tf.Tensor) -> np.ndarray:
+        """Ends a block without overlap; returns the status."""
+        return self._first(self.boundary(told))
+
+    def settle(self) -> None:
+        """Before somebody looks at the variables: lands what is in flight, and makes all state
+        that a boundary leaves alone the same on all replicas."""
+        if self._flight is not None:
+            self.land(flush=True)
+        if not self._settled and self.replica.settling:
+            self._settle()
+        self._settled = True
+
+    def _told(self, ended: bool, stopping: bool, leaving: bool) -> tf.Tensor:
+        """What this worker's replicas are to tell the others."""
+        self._boundaries += 1
+        check = ended or self.weights_set or self._boundaries % _CHECK == 0
+        anchors = [a for optimizer in self._optimizers for a in optimizer.anchors]
+        numbers = {
+            "ended": ended,
+            "stopping": stopping,
+            "leaving": leaving,
+            "set": self.weights_set,
+            "anchor": checksum([a.numpy() for a in anchors]) if check else 0,
+        }
+        self.weights_set = False
+        return tf.constant([float(numbers[name]) for name in TOLD])
+
+    def _take_note(self, status: np.ndarray, period: int | None = None) -> None:
+        """Of what a boundary has told this worker."""
+        numbers, self.drift = self.replica.header.read(status[:-1]), float(status[-1])
+        active, self.ended = round(float(numbers["active"])), round(float(numbers["ended"]))
+        steps = np.rint(numbers["steps"]).astype(int)
+        if period:
+            mean = round(int(steps.sum()) / max(active, 1))
+            self._optimizers[0].adapt_period(period, mean, self.drift)
+        self.stopping = self.stopping or numbers["stopping"] + numbers["leaving"] > 0
+        self.leaving = self.leaving or bool(numbers["leaving"] > 0)
+        self._uneven |= len(set(steps.tolist())) > 1
+        self._check_together(numbers)
+        if any(numbers["nonfinite"]):
+            self._handle_nonfinite(np.rint(numbers["nonfinite"]).astype(int).tolist())
+
+    def _put_right(self) -> None:
+        """What a boundary has shown to differ between the replicas."""
+        if self._uneven:
+            self._align()
+        if self._differing:
+            self._average()
+        self._uneven = self._differing = False
+
+    def _check_together(self, numbers: dict[str, np.ndarray]) -> None:
+        """Raises RuntimeError if the workers train different models."""
+        was_set, anchors = numbers["set"] > 0, np.rint(numbers["anchor"]).astype(int)
+        if was_set.any() and not was_set.all():
+            raise RuntimeError(
+                "Weights were set in the middle of training on some workers only: on "
+                f"{self._workers(was_set)}, not on {self._workers(~was_set)}. A callback that "
+                "sets weights has to run on all workers (not in ChiefOnly), or before fit, which "
+                "takes the chief's weights."
+            )
+        told = anchors > 0
+        if len(set(anchors[told].tolist())) > 1:
+            if was_set.all():
+                self._differing = True
+                return
+            first = anchors[told][0]
+            raise RuntimeError(
+                "The workers have come apart: they should all have the same anchor, and "
+                f"{self._workers(told & (anchors != first))} has another one than "
+                f"{self._workers(told & (anchors == first))}. Is something in the script "
+                "(a setting of the optimizer, an assignment to anchors, other software) done on "
+                "some workers only? A fit started now takes the chief's weights."
+            )
+
+    def _workers(self, which: np.ndarray) -> str:
+        each = len(which) // worker_of(self._strategy)[1]
+        found = sorted({int(replica) // max(each, 1) for replica in np.flatnonzero(which)})
+        return ("worker " if len(found) == 1 else "workers ") + ", ".join(map(str, found))
+
+    def forget_assignments(self) -> None:
+        """Those of our own to the weights, which are not the user's."""
+        for optimizer in self._optimizers:
+            if optimizer.built:
+                _keras.take_assigned(optimizer.built_variables)
+
+    # -- overlap ------------------------------------------------------------------------------
+
+    def send_block(self, told: tf.Tensor) -> None:
+        """Ends a block: sends its deltas, lands those of the one before, and begins the next."""
+        sums, status = self._arrive() if self._flight else ([], None)
+        self._depart(self._send(told))
+        self._begin(sums)
+        if status is not None:
+            self._take_note(status)
+
+    def land(self, flush: bool = False) -> None:
+        """Waits for what is in flight, and goes to the anchor. `flush`, or that the data of
+        all replicas has ended: statistics become their means."""
+        sums, status = self._arrive()
+        ended = round(float(self.replica.header.read(status[:-1])["ended"]))
+        flush = flush or ended == self._strategy.num_replicas_in_sync
+        self._land(sums, tf.constant(flush))
+        self._take_note(status)
+        self._put_right()
+        self.forget_assignments()
+
+    def go_on(self) -> None:
+        """Sends again what was in flight when the present state was written to a backup."""
+        self.ready()
+        if self._optimizers[0].in_flight:
+            self._depart(self._send_again())
+            assert self._flight is not None
+            self._flight.result()  # others may communicate before the next step
+
+    def drop(self) -> None:
+        """Forgets a block that was interrupted, and what is on its way."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.exception()  # waits: others communicate next
+        self.replica.steps.assign(0)
+
+    def _depart(self, packs: Any) -> None:
+        """Starts the all-reduce. All workers start theirs in the same order, and no other
+        collective before this one has arrived: nothing else communicates within an epoch."""
+        if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread
+            self._flight = concurrent.futures.Future()
+            self._flight.set_result(self._transport(packs))
+        else:
+            self._flight = self._thread.submit(self._transport, packs)
+
+    def _arrive(self) -> tuple[Any, np.ndarray]:
+        assert self._flight is not None
+        flight, self._flight = self._flight, None
+        sums, status = flight.result()
+        status = self._first(status)
+        bad = any(self.replica.header.read(status[:-1])["nonfinite"])
+        if bad and self.on_nonfinite == "raise":
+            self._land(sums, tf.constant(True))
+            self._take_note(status)  # raises
+        return sums, status
+
+    # -- weights that somebody else has set ----------------------------------------------------
+
+    def set_between(self) -> list[Any]:
+        """The trained variables that are not at the anchor, where no block has begun: on all
+        replicas they become the new anchor."""
+        self.ready()
+        moved = self._first(self._moved())
+        variables = [v for o in self._optimizers for v in o.trained_variables]
+        return [v for v, changed in zip(variables, moved, strict=True) if changed]
+
+    def go_back(self, variables: Iterable[Any]) -> None:
+        """To where the block began, as if these had not moved in it."""
+        self.ready()
+        these = {id(v) for v in variables}
+        trained = [v for o in self._optimizers for v in o.trained_variables]
+        self._go_back([tf.constant(id(v) in these) for v in trained])
+
+    # -- what is not finite --------------------------------------------------------------------
+
+    def _handle_nonfinite(self, firsts: list[int]) -> None:
+        """`firsts`: for each replica 0, or the number of its first tensor not finite."""
+        text = describe(
+            firsts,
+            self.replica.travelling,
+            self._optimizers[0].blocks,
+            self.replica.compressed,
+        )
+        if self.on_nonfinite == "stop":
+            self.stopping = True
+            return
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f'{text}. Received: on_nonfinite="raise". The anchor is finite, made without that '
+                "replica. Lower the inner learning rate, clip gradients (clipnorm on the inner "
+                "optimizer) or look for bad examples in its data; or leave such replicas out of "
+                'the block with on_nonfinite="skip".'
+            )
+        if all(firsts):
+            raise FloatingPointError(
+                f'{text}. Received: on_nonfinite="skip", and no replica is left for the mean. '
+                "Lower the inner learning rate, or clip gradients (clipnorm on the inner "
+                "optimizer)."
+            )
+        self.skipped += sum(first > 0 for first in firsts)
+        warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=2)
+
+    # -- agreeing ------------------------------------------------------------------------------
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the workers give; all ask alike."""
+        if worker_of(self._strategy)[1] == 1:
+            return number
+        rows = [[number]] * len(replicas_of(self.replica.steps, self._strategy))
+        return int(gather(self._strategy, rows).max())

@@ -1,0 +1,70 @@
+"""The numbers that travel with the deltas: each has a name, and a place that only this file
+knows."""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# One number of each replica's own.
+ROWS = (
+    "steps",  # local steps it took in this block, if it takes part in the mean
+    "nonfinite",  # 0, or the number, from 1, of its first tensor that is not finite
+    "set",  # whether its weights were set between steps since the last boundary
+    "anchor",  # 0, or a checksum of its anchor, from 1
+)
+# Sums over the replicas.
+SUMS = (
+    "active",  # replicas in the mean
+    "ended",  # replicas whose data has ended
+    "stopping",  # that want to stop
+    "leaving",  # that have to end the process
+    "finite",  # that are finite, with or without steps
+    "square",  # of the deltas' square norms
+)
+CHECKSUMS = 1 << 20  # float32 counts them exactly
+
+
+class Header:
+    """The header of a strategy's boundaries, a float32 vector.
+
+    Args:
+        replicas: how many.
+    """
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
+        self.size = len(ROWS) * replicas + len(SUMS)
+
+    def write(self, replica: Any, numbers: Mapping[str, Any]) -> tf.Tensor:
+        """What one replica sends: its numbers by name (those not given are 0)."""
+        rows = [self._number(numbers, name) for name in ROWS]
+        place = tf.one_hot(replica, self._replicas, dtype=tf.float32)
+        sums = tf.stack([self._number(numbers, name) for name in SUMS])
+        return tf.concat([*(place * row for row in rows), sums], axis=0)
+
+    @staticmethod
+    def _number(numbers: Mapping[str, Any], name: str) -> tf.Tensor:
+        return tf.cast(numbers.get(name, 0), tf.float32)
+
+    def read(self, summed: Any) -> dict[str, Any]:
+        """The reverse, of the sum of all replicas' headers: a vector for each row, a number for
+        each sum; tensors of a tensor, NumPy's of an array."""
+        n = self._replicas
+        found = {name: summed[i * n : (i + 1) * n] for i, name in enumerate(ROWS)}
+        return found | {name: summed[len(ROWS) * n + i] for i, name in enumerate(SUMS)}
+
+
+def checksum(values: list[np.ndarray]) -> int:
+    """A number from 1 to `CHECKSUMS` for the bits of some arrays."""
+    return crc(values) % (CHECKSUMS - 1) + 1
+
+
+def crc(values: list[np.ndarray]) -> int:
+    """The CRC-32 of some arrays' bits."""
+    found = 0
+    for value in values:
+        found = zlib.crc32(np.ascontiguousarray(value).tobytes(), found)
+    return found

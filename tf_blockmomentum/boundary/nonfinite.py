@@ -1,0 +1,32 @@
+"""A replica that is not finite."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_blockmomentum._private import keras as _keras
+
+
+def make_finite(optimizer: Any) -> None:
+    """Rids a replica's inner state of NaN and infinity, which would return at every step."""
+    inner = optimizer.inner_optimizer
+    averages = {id(v): w for v, w in _keras.moving_averages(inner)}
+    for v in inner.variables:
+        if tf.as_dtype(v.dtype).is_floating:
+            value = tf.convert_to_tensor(v)
+            instead = averages.get(id(v), tf.zeros_like(value))
+            v.assign(tf.where(tf.math.is_finite(value), value, instead))
+
+
+def describe(
+    firsts: Sequence[int], variables: Sequence[Any], blocks: int, compressed: bool
+) -> str:
+    """What is not finite where. `firsts`: for each replica 0, or the number, from 1, of the first
+    of the variables whose delta is not."""
+    what = "; ".join(
+        f"replica {r} in variable {getattr(v, 'path', v.name)!r}"
+        for r, v in ((r, variables[first - 1]) for r, first in enumerate(firsts) if first)
+    )
+    bad_is = "NaN or infinity" + (", or too large for float16" if compressed else "")
+    return f"A delta is not finite ({bad_is}) in block {blocks}: {what}"

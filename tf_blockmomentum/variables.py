@@ -1,0 +1,152 @@
+"""What becomes of each variable at a boundary.
+
+| the variable | its rule |
+|---|---|
+| an optimizer's update goes through it | `MOMENTUM` |
+| the step assigns it, and its `aggregation` is set | that: `MEAN`, `SUM` or `FIRST` |
+| the step assigns it the larger (smaller) of itself and something | `MAXIMUM` (`MINIMUM`) |
+| the step computes it, element by element, from variables | `MEAN` |
+| the step assigns it anything else, or it is no floating point number | `FIRST` |
+| nothing changes it | none: it is not sent |
+
+"Assigns" means `variable.assign` and its like within a local step, outside the optimizer: moving
+statistics, a moving-average copy of a network, a feature queue, a counter. Metrics, seed
+generators and optimizers' own variables are none of it.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_blockmomentum._private import keras as _keras
+
+MOMENTUM, MEAN, SUM, FIRST = "momentum", "mean", "sum", "first"
+MAXIMUM, MINIMUM = "maximum", "minimum"
+_AGGREGATIONS = {"mean": MEAN, "sum": SUM, "only_first_replica": FIRST}
+
+# Operations of which each element of the result comes from the elements at its place.
+_ELEMENTWISE = {
+    *("Identity", "Cast", "ReadVariableOp", "StopGradient", "Snapshot"),
+    *("Add", "AddV2", "AddN", "Sub", "Mul", "MulNoNan", "RealDiv", "Div", "DivNoNan", "Neg"),
+    *("Square", "Sqrt", "Rsqrt", "Pow", "Exp", "Log", "Abs", "Reciprocal", "Inv", "Xdivy"),
+    *("Maximum", "Minimum", "ClipByValue", "Select", "SelectV2"),
+    *("Reshape", "ExpandDims", "Squeeze", "BroadcastTo"),
+}
+_AS_IT_IS = {"Identity", "Cast", "StopGradient", "Snapshot", "Reshape", "ExpandDims", "Squeeze"}
+
+
+class Rules:
+    """The rules of the variables that a step function changes, found out from the step.
+
+    Args:
+        optimizers: the step's BlockMomentum optimizers.
+        wrappers: the optimizers as the user has them, perhaps with loss scaling around them.
+        averaged: variables whose rule is `MEAN` whatever the step does with them.
+    """
+
+    def __init__(
+        self, optimizers: list[Any], wrappers: Iterable[Any], averaged: Iterable[Any]
+    ) -> None:
+        self._optimizers = optimizers
+        self._wrappers = list(wrappers)
+        self._assigned: dict[int, tuple[Any, str]] = {id(v): (v, MEAN) for v in averaged}
+        self._starts: dict[int, Any] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around a local step, traced or run: notes what it assigns."""
+        with _keras.assignments_told_to(self._note):
+            yield
+
+    def _note(self, variable: Any, value: Any) -> None:
+        if id(variable) in self._assigned or any(o.updating for o in self._optimizers):
+            return
+        own = {id(v) for optimizer in self._wrappers for v in optimizer.variables}
+        if id(variable) in own or not _keras.is_plain_state(variable):
+            return
+        rule = _AGGREGATIONS.get(variable.aggregation) or _default_rule(variable, value)
+        self._assigned[id(variable)] = variable, rule
+        if rule == SUM and tf.executing_eagerly():
+            self._starts[id(variable)] = tf.identity(variable)
+
+    def of(self, *rules: str) -> list[Any]:
+        """The variables with one of these rules, besides `MOMENTUM`."""
+        return [v for v, rule in self._assigned.values() if rule in rules]
+
+    def follow(self) -> int:
+        """Takes note of what the optimizers have updated so far, and tells them for which of
+        their variables block momentum is. Returns the number of variables with a rule, which
+        grows when the step turns out to change more."""
+        for optimizer in self._optimizers:
+            for v in optimizer.overwritten:  # a gradient that is the new value (float8's scales)
+                self._assigned.setdefault(id(v), (v, MEAN))
+            for v in optimizer.updated:
+                if v.aggregation in _AGGREGATIONS:
+                    self._assigned.setdefault(id(v), (v, _AGGREGATIONS[v.aggregation]))
+            optimizer.without_momentum = set(self._assigned)
+        for v in self.of(SUM):
+            if not isinstance(self._starts.get(id(v)), tf.Variable):
+                start = self._starts.get(id(v))
+                self._starts[id(v)] = tf.Variable(v if start is None else start, trainable=False)
+        return len(self._assigned) + sum(len(o.updated) for o in self._optimizers)
+
+    @property
+    def starts(self) -> list[tf.Variable]:
+        """What the variables with `SUM` were when it was last taken, in their order."""
+        return [self._starts[id(v)] for v in self.of(SUM)]
+
+
+def _default_rule(variable: Any, value: Any) -> str:
+    floating = tf.as_dtype(variable.dtype).is_floating
+    operation = _operation(value)
+    if operation is None:  # run eagerly: only the values tell
+        now = tf.convert_to_tensor(variable).numpy() if floating else np.zeros(1)
+        if np.all(np.isinf(now)) and np.unique(np.sign(now)).size == 1:
+            return MINIMUM if now.flat[0] > 0 else MAXIMUM
+        return MEAN if floating else FIRST
+    extremum = _through(operation, _AS_IT_IS)
+    if extremum.type in ("Maximum", "Minimum") and _reads(extremum, variable):
+        return MAXIMUM if extremum.type == "Maximum" else MINIMUM
+    return MEAN if floating and _from_variables(operation, value.shape) else FIRST
+
+
+def _operation(value: Any) -> Any:
+    """What a tensor comes from; None if it was computed eagerly."""
+    try:
+        return value.op
+    except AttributeError:
+        return None
+
+
+def _through(operation: Any, types: set[str]) -> Any:
+    while operation.type in types:
+        operation = operation.inputs[0].op
+    return operation
+
+
+def _reads(operation: Any, variable: Any) -> bool:
+    """Whether one of an operation's inputs is this variable's value."""
+    own = _through(tf.convert_to_tensor(variable).op, _AS_IT_IS)
+    found = [_through(x.op, _AS_IT_IS) for x in operation.inputs]
+    return any(
+        op.type == "ReadVariableOp" == own.type and op.inputs[0] is own.inputs[0] for op in found
+    )
+
+
+def _from_variables(operation: Any, shape: tf.TensorShape) -> bool:
+    """Whether a value is computed element by element from variables of its own shape."""
+    seen, waiting = set(), [operation]
+    while waiting:
+        op = waiting.pop()
+        if op.name in seen or op.type not in _ELEMENTWISE:
+            continue
+        seen.add(op.name)
+        if op.type == "ReadVariableOp":
+            if op.outputs[0].shape == shape:
+                return True
+            continue
+        waiting += [x.op for x in op.inputs]
+    return False
