@@ -6,6 +6,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
 import tensorflow as tf
+from helpers import forget_keras_state
+from pool import Pool
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
@@ -33,10 +35,21 @@ def strategy_of():
     return make
 
 
+@pytest.fixture(scope="session")
+def pair():
+    """Two real workers, see pool.py; each process of pytest has its own, started when used."""
+    with Pool(2) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="session")
+def triple():
+    """Three real workers."""
+    with Pool(3) as workers:
+        yield workers
+
+
 @pytest.fixture(autouse=True)
 def _forget_keras_state():
-    import keras
-
     yield
-    keras.backend.clear_session()
-    keras.config.set_dtype_policy("float32")
+    forget_keras_state()
