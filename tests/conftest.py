@@ -36,17 +36,29 @@ def strategy_of():
 
 
 @pytest.fixture(scope="session")
-def pair():
-    """Two real workers, see pool.py; each process of pytest has its own, started when used."""
-    with Pool(2) as workers:
-        yield workers
+def pools():
+    """By size, those of this process of pytest; the first use of each starts its workers."""
+    with Pool(2) as two, Pool(3) as three:
+        yield {2: two, 3: three}
 
 
-@pytest.fixture(scope="session")
-def triple():
+def pool_for(test, pool):
+    """With the test's filters of warnings: the configuration's, and its marks'."""
+    marks = [line for mark in test.iter_markers("filterwarnings") for line in mark.args]
+    pool.filters = [*test.config.getini("filterwarnings"), *marks]
+    return pool
+
+
+@pytest.fixture
+def pair(request, pools):
+    """Two real workers, see pool.py."""
+    return pool_for(request.node, pools[2])
+
+
+@pytest.fixture
+def triple(request, pools):
     """Three real workers."""
-    with Pool(3) as workers:
-        yield workers
+    return pool_for(request.node, pools[3])
 
 
 @pytest.fixture(autouse=True)

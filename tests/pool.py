@@ -9,8 +9,8 @@ nothing. `strategy` is the worker's MultiWorkerBlockStrategy, of which a process
 one. The function is found by its module and name, so it stands at the top level of a module of
 this folder; a test's own will do. Arguments and results travel by pickle.
 
-The workers' Keras state, their warnings filters (pytest's: an unexpected warning is an error)
-and the strategy's `compression` are as new for each call; see pool_worker.py.
+The workers' Keras state and the strategy's `compression` are as new for each call. Their warnings
+filters are the test's, marks included: an unexpected warning is an error.
 """
 
 import contextlib
@@ -68,11 +68,13 @@ class Pool:
         workers: how many.
         output: list, what each worker wrote to stdout and stderr in the last `run`,
             TensorFlow's C++ included.
+        filters: list of warnings filters in pytest's notation, set for each `run`.
     """
 
     def __init__(self, workers: int):
         self.workers = workers
         self.output = [""] * workers
+        self.filters: list[str] = []
         self._running: list[_Worker] = []
 
     def run(self, function, *args, limit: float = 60, expect_error: bool = False, **kwargs):
@@ -90,7 +92,7 @@ class Pool:
             WorkerError: a worker raised an exception, hung or ended. The workers go on only
                 if all of them raised alike and can still reduce together.
         """
-        call = pickle.dumps((function, args, kwargs))
+        call = pickle.dumps((function, args, kwargs, self.filters))
         if any(worker.process.poll() is not None for worker in self._running):
             self.end()  # since the last run, which had its results
         try:
@@ -138,7 +140,7 @@ class Pool:
         """Whether a collective still works, after errors."""
         output = self.output
         try:
-            call = pickle.dumps((_sum_of_ones, (), {}))
+            call = pickle.dumps((_sum_of_ones, (), {}, []))
             return self._ask(call, 10, 0) == [float(self.workers)] * self.workers
         finally:
             self.output = output
@@ -151,7 +153,9 @@ class Pool:
         began = time.monotonic()
         until = began + limit
         while len(answers) < self.workers:
-            waiting = {w.connection: i for i, w in enumerate(self._running) if i not in answers}
+            waiting: dict[Any, int] = {
+                w.connection: i for i, w in enumerate(self._running) if i not in answers
+            }
             left = until - time.monotonic()
             ready = multiprocessing.connection.wait(list(waiting), max(left, 0))
             for connection in ready:

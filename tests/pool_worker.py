@@ -7,13 +7,11 @@ import faulthandler
 import gc
 import multiprocessing.connection
 import os
-import pathlib
 import pickle
 import signal
 import sys
 import threading
 import time
-import tomllib
 import warnings
 
 from _pytest.config import parse_warning_filter
@@ -22,16 +20,12 @@ from pool import Raised
 
 import tf_blockmomentum as tfbm
 
-PROJECT = pathlib.Path(__file__).parent.parent / "pyproject.toml"
-
 
 def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # for the stacks of a worker that hangs
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     connection = multiprocessing.connection.Connection(int(sys.argv[1]))
-    options = tomllib.loads(PROJECT.read_text())["tool"]["pytest"]["ini_options"]
-    filters = [parse_warning_filter(line, escape=False) for line in options["filterwarnings"]]
     strategy = tfbm.MultiWorkerBlockStrategy()
     compression = strategy.compression
     gc.collect()
@@ -42,7 +36,7 @@ def main() -> None:
             call = connection.recv_bytes()
         except (EOFError, OSError):
             os._exit(0)  # TensorFlow's way out would wait for the others
-        answer = run(call, strategy, filters)
+        answer = run(call, strategy)
         strategy.compression = compression
         forget_keras_state()
         gc.collect()
@@ -51,13 +45,13 @@ def main() -> None:
         connection.send_bytes(answer)
 
 
-def run(call: bytes, strategy: tfbm.MultiWorkerBlockStrategy, filters) -> bytes:
+def run(call: bytes, strategy: tfbm.MultiWorkerBlockStrategy) -> bytes:
     """The pickled result, or `Raised`."""
     with warnings.catch_warnings():
-        for arguments in filters:
-            warnings.filterwarnings(*arguments)
         try:
-            function, args, kwargs = pickle.loads(call)
+            function, args, kwargs, filters = pickle.loads(call)
+            for line in filters:
+                warnings.filterwarnings(*parse_warning_filter(line, escape=False))
             return pickle.dumps(function(strategy, *args, **kwargs))
         except BaseException as error:  # SystemExit too
             return pickle.dumps(Raised.from_exception(error))

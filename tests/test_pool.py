@@ -55,6 +55,7 @@ def disturb(strategy):
     return keras.layers.Dense(1).name
 
 
+@pytest.mark.filterwarnings("ignore:foreseen")
 def test_each_call_finds_everything_as_new(pair):
     first = pair.run(disturb)
     assert pair.run(state) == [(None, "float32", False)] * 2
@@ -62,6 +63,7 @@ def test_each_call_finds_everything_as_new(pair):
     errors = pair.run(warn, "unexpected", expect_error=True)
     assert [(e.type, e.text) for e in errors] == [("UserWarning", "unexpected")] * 2
     pair.run(warn, "Your input ran out of data; interrupting training")  # as in pyproject.toml
+    pair.run(warn, "foreseen")
 
 
 def state(strategy):
