@@ -6,6 +6,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
 import tensorflow as tf
+from helpers import forget_keras_state
+from pool import Pool
 
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
@@ -33,10 +35,33 @@ def strategy_of():
     return make
 
 
+@pytest.fixture(scope="session")
+def pools():
+    """By size, those of this process of pytest; the first use of each starts its workers."""
+    with Pool(2) as two, Pool(3) as three:
+        yield {2: two, 3: three}
+
+
+def pool_for(test, pool):
+    """With the test's filters of warnings: the configuration's, and its marks'."""
+    marks = [line for mark in test.iter_markers("filterwarnings") for line in mark.args]
+    pool.filters = [*test.config.getini("filterwarnings"), *marks]
+    return pool
+
+
+@pytest.fixture
+def pair(request, pools):
+    """Two real workers, see pool.py."""
+    return pool_for(request.node, pools[2])
+
+
+@pytest.fixture
+def triple(request, pools):
+    """Three real workers."""
+    return pool_for(request.node, pools[3])
+
+
 @pytest.fixture(autouse=True)
 def _forget_keras_state():
-    import keras
-
     yield
-    keras.backend.clear_session()
-    keras.config.set_dtype_policy("float32")
+    forget_keras_state()

@@ -7,6 +7,13 @@ import numpy as np
 import tensorflow as tf
 
 
+def forget_keras_state():
+    """As new for the next test: names, graphs, dtype policy, functions that run compiled."""
+    keras.backend.clear_session()
+    keras.config.set_dtype_policy("float32")
+    tf.config.run_functions_eagerly(False)
+
+
 def scope(strategy):
     """The strategy's scope; nothing without one."""
     return strategy.scope() if strategy else contextlib.nullcontext()

@@ -664,7 +664,7 @@ def test_progress_of_callbacks(tmp_path):
     assert history.epoch == []
 
 
-# -- poison, callbacks and uneven data ------------------------------------------------------------
+# -- poison ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(200)
@@ -749,51 +749,6 @@ def test_poison_is_raised(strategy_of):
             assert all(np.isfinite(w).all() for w in model.get_weights())
     with pytest.raises(ValueError, match=r'"raise" or "skip". Received: on_nonfinite=.warn.'):
         tfbm.BlockTraining(on_nonfinite="warn")
-
-
-@pytest.mark.timeout(300)
-def test_callbacks_and_uneven_data(tmp_path):
-    process = start(
-        HERE / "callbacks_job.py", tmp_path, options=["--workers", 2, "--hang-timeout", 90]
-    )
-    printed = process.communicate(timeout=280)[0]
-    assert process.returncode == 0, printed[-5000:]
-    saw = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
-
-    # EarlyStopping, ReduceLROnPlateau: the same decisions.
-    assert saw[0]["loss"] == saw[1]["loss"]
-    assert len(saw[0]["loss"]) == 4
-    np.testing.assert_allclose(saw[0]["rates"], [0.1, 0.1, 0.05, 0.025], rtol=1e-6)
-    assert saw[0]["rates"] == saw[1]["rates"]
-    assert saw[0]["predicted"] == saw[1]["predicted"]
-    # ModelCheckpoint, CSVLogger, TensorBoard: the chief's files alone, whole.
-    assert saw[0]["wrote"] == [True] * 4
-    assert saw[1]["wrote"] == [False] * 4
-    assert saw[0]["kept"] > 0
-    assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + 4
-    assert len(list((tmp_path / "board").glob("*/events*"))) == 1
-    assert (tmp_path / "last.weights.h5").exists()
-
-    # TerminateOnNaN on worker 1 alone, at its sixth step: both end the epoch, and fit.
-    assert "Batch 5: Invalid loss, terminating training" in printed
-    assert [s["after_nan"][0] for s in saw] == [1, 1]
-    assert saw[1]["after_nan"][1] == 6
-    assert saw[0]["after_nan"][1] < 24
-    assert saw[0]["after_nan"][2] == saw[1]["after_nan"][2]
-    assert [s["skipped"] for s in saw] == [1, 1]
-    assert saw[0]["finite"]
-    assert saw[1]["finite"]
-
-    # Uneven: no hang, every example counted once, the same weights.
-    assert [s["uneven"][0] for s in saw] == [2 * 6, 2 * 23]
-    (sum_0, count_0), (sum_1, count_1) = saw[0]["labels"], saw[1]["labels"]
-    mean = (sum_0 + sum_1) / (count_0 + count_1)
-    for s in saw:
-        np.testing.assert_allclose(s["label"], [mean, mean], rtol=1e-6)
-    assert saw[0]["weights"] == saw[1]["weights"]
-
-    # One worker stops alone at the end of its second epoch: both end there.
-    assert [s["alone"] for s in saw] == [[2] * 4] * 2
 
 
 @pytest.mark.timeout(300)

@@ -15,6 +15,7 @@ import keras_tuner as kt
 import numpy as np
 import pytest
 import tensorflow as tf
+import tuner_job
 from helpers import crossentropy, dataset, examples
 
 import tf_blockmomentum as tfbm
@@ -538,25 +539,26 @@ def run(command, limit):
     return process.returncode, printed
 
 
-def job(directory, what, limit=240):
+def told(printed, start=""):
+    """The lines of JSON that a worker printed, after `start`."""
+    return [json.loads(line) for line in re.findall(rf"^{start}(\{{\".*)$", printed, re.M)]
+
+
+def job(directory, limit=240):
     """Runs tuner_job.py on two workers; returns the exit status and what each one told."""
-    command = ["-m", "tf_blockmomentum.launch", "--workers", 2, HERE / "tuner_job.py"]
-    status, printed = run([*command, directory, what], limit)
-    told = [
-        [json.loads(line) for line in re.findall(rf"^\[worker {i}\] (\{{\".*)$", printed, re.M)]
-        for i in (0, 1)
-    ]
-    return status, told, printed
+    command = ["-m", "tf_blockmomentum.launch", "--workers", 2, HERE / "tuner_job.py", directory]
+    status, printed = run(command, limit)
+    return status, [told(printed, rf"\[worker {i}\] ") for i in (0, 1)], printed
 
 
-@pytest.mark.timeout(450)
-def test_two_workers_search_in_step_and_fail_together(tmp_path):
-    status, told, printed = job(tmp_path, "search", limit=400)
-    assert status == 0, printed[-5000:]
-    marks = [lines.index({"failures": "from here"}) for lines in told]
-    search = [lines[:mark] for lines, mark in zip(told, marks, strict=True)]
-    check_they_are_in_step(tmp_path, *search)
-    check_failures([lines[mark + 1 :] for lines, mark in zip(told, marks, strict=True)])
+def test_two_workers_search_in_step(pair, tmp_path):
+    pair.run(tuner_job.classes, tmp_path, limit=200)
+    check_they_are_in_step(tmp_path, *map(told, pair.output))
+
+
+def test_two_workers_fail_together(pair, tmp_path):
+    pair.run(tuner_job.failures, tmp_path, limit=200)
+    check_failures([told(printed) for printed in pair.output])
 
 
 def check_they_are_in_step(directory, first, second):
@@ -576,8 +578,8 @@ def check_they_are_in_step(directory, first, second):
     assert {"oracle.json", "tuner0.json"} <= names
 
 
-def check_failures(told):
-    for lines in told:
+def check_failures(both):
+    for lines in both:
         ends = {line["end"]: line for line in lines if "end" in line}
         assert {i: line["status"] for i, line in ends.items()} == {
             "0": "FAILED",
@@ -607,27 +609,27 @@ def check_failures(told):
                 current.append(line["epoch"])
         # Trial 0 ends before it trains, 4 is stopped by one worker.
         assert epochs == {"0": [], "1": [0], "2": [0], "3": [0], "4": [0], "5": [0]}
-    scores = [[line["score"] for line in lines if "end" in line] for lines in told]
+    scores = [[line["score"] for line in lines if "end" in line] for lines in both]
     assert scores[0] == scores[1]
 
 
 @pytest.mark.timeout(300)
 def test_a_killed_search_goes_on_with_the_trial_that_was_cut_short(tmp_path):
-    status, (first, _), printed = job(tmp_path, "killed")
+    status, (first, _), printed = job(tmp_path)
     assert status == 128 + signal.SIGKILL, printed[-3000:]
     assert (tmp_path / "killed").exists()
     assert [line["run"] for line in first if "run" in line] == ["0", "1"]
     before = [line["score"] for line in first if "end" in line]
     assert len(before) == 1
 
-    status, (first, second), printed = job(tmp_path, "killed")
+    status, (first, second), printed = job(tmp_path)
     assert status == 0, printed[-5000:]
     assert first == second
     assert first[0]["tuner"] == ["0", "1"]  # known on both workers
     assert [line["run"] for line in first if "run" in line] == ["1", "2"]
-    told = first[-1]
-    assert len(told["scores"]) == 3
-    assert before[0] in told["scores"]
+    last = first[-1]
+    assert len(last["scores"]) == 3
+    assert before[0] in last["scores"]
 
     # A fresh process (this one) reads the best from the directory.
     again = kt.GridSearch(
@@ -637,11 +639,11 @@ def test_a_killed_search_goes_on_with_the_trial_that_was_cut_short(tmp_path):
         project_name="GridSearch_loss",
         max_trials=3,
     )
-    assert again.get_best_hyperparameters()[0].values == told["best"]
+    assert again.get_best_hyperparameters()[0].values == last["best"]
     x, y = examples()
     model = again.get_best_models()[0]
-    assert model.evaluate(x, y, verbose=0) == pytest.approx(told["loss"], rel=1e-4)
-    assert model.optimizer.blocks == told["blocks"] > 0
+    assert model.evaluate(x, y, verbose=0) == pytest.approx(last["loss"], rel=1e-4)
+    assert model.optimizer.blocks == last["blocks"] > 0
 
 
 @pytest.mark.slow

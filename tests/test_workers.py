@@ -1,4 +1,4 @@
-"""Real worker processes over TF_CONFIG, started by the launcher."""
+"""Real worker processes over TF_CONFIG: block training against NumPy's, and plain Keras's."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import programs
 import pytest
 import reference
 from helpers import examples
@@ -16,22 +17,21 @@ from test_oracles import close
 HERE = Path(__file__).parent
 
 
-def launch(out, workers, script, *arguments, isolated=False, limit=420):
-    """Runs a script of this folder on several workers; returns what the launcher printed."""
-    command = [sys.executable, "-m", "tf_blockmomentum.launch", "--workers", str(workers)]
-    command += [str(HERE / script), str(out), *arguments]
-    if isolated:
-        inside = 'ip link set lo up && exec "$@"'
-        command = ["unshare", "--net", "--map-root-user", "sh", "-c", inside, "sh", *command]
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=limit, check=False
+def on(*names, slow=()):
+    """Parametrizes `workers` by these pools of conftest.py."""
+    return pytest.mark.parametrize(
+        "workers",
+        [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names],
+        indirect=True,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
 
 
-def equal_on_all(saw, prefix):
+@pytest.fixture
+def workers(request):
+    return request.getfixturevalue(request.param)
+
+
+def equal_on_all(saw, prefix=""):
     """What each worker saw under this name, which must be equal to the bit."""
     names = [name for name in saw[0] if name.startswith(prefix)]
     assert names
@@ -40,68 +40,52 @@ def equal_on_all(saw, prefix):
             np.testing.assert_array_equal(saw[0][name], other[name], err_msg=name)
 
 
+@on("pair", "triple")
 @pytest.mark.parametrize(
-    ("workers", "parts"),
+    ("seed", "jit", "settings"),
     [
-        (2, "12"),
-        (3, "1345"),
-        pytest.param(2, "1345", marks=pytest.mark.slow),
-        pytest.param(3, "12", marks=pytest.mark.slow),
+        (0, False, {"sync_period": 3, "block_momentum": 0.5}),
+        (1, True, {"sync_period": 4, "block_momentum": 0.9, "nesterov": True}),
+        (2, False, {"sync_period": 1, "block_momentum": 0.0}),
+        (3, True, {"sync_period": 2, "block_momentum": 0.5, "overlap": True}),
     ],
 )
-@pytest.mark.timeout(450)
-def test_cluster(tmp_path, workers, parts):
-    """The first part is the oracle; the others share a launch as time allows."""
-    printed = launch(tmp_path, workers, "worker.py", parts)
-    for index in range(workers):
-        assert f"[worker {index}] end" in printed
-    saw = [dict(np.load(tmp_path / f"{index}.npz")) for index in range(workers)]
-
-    # 1. The weights of every replica at every boundary are those of NumPy's M-AVG.
-    for case, settings in enumerate(
-        [
-            {"sync_period": 3, "block_momentum": 0.5},
-            {"sync_period": 4, "block_momentum": 0.9, "nesterov": True},
-            {"sync_period": 1, "block_momentum": 0.0},
-            {"sync_period": 2, "block_momentum": 0.5, "overlap": True},
-        ]
-    ):
-        equal_on_all(saw, f"start_{case}")
-        rng = np.random.default_rng(case)
-        x = rng.normal(size=[7, workers, 4, 5]).astype("float32")
-        y = rng.integers(3, size=[7, workers, 4])
-        batches = [[(x[s, j], y[s, j]) for j in range(workers)] for s in range(7)]
-        overlap = settings.pop("overlap", False)
-        method = reference.overlapped_m_avg if overlap else reference.m_avg
-        boundaries = method(
-            [saw[0][f"start_{case}_kernel"], saw[0][f"start_{case}_bias"]],
-            batches * 2, reference.softmax_gradients, learning_rate=0.1, epoch_steps=7,
-            **settings,
-        )  # fmt: skip
-        if not overlap:  # all replicas are at the anchor
-            anchors, before = boundaries
-            assert all(len(replicas) == workers for replicas in before)
-            boundaries = [[anchor] * workers for anchor in anchors]
-        period = settings["sync_period"]
-        ends = [s for s in range(1, 15) if (s - 1) % 7 % period == period - 1 or s % 7 == 0]
-        assert all(own[f"blocks_{case}"] == len(ends) == len(boundaries) for own in saw)
-        for end, want in zip(ends, boundaries, strict=True):
-            for j, own in enumerate(saw):
-                at = [own[f"kernels_{case}"][end - 1], own[f"biases_{case}"][end - 1]]
-                close(at, want[j])
-                if not overlap or end % 7 == 0:
-                    np.testing.assert_array_equal(at[0], saw[0][f"kernels_{case}"][end - 1])
-                if j and end - 1 not in ends and end > 1:
-                    inside = own[f"kernels_{case}"][end - 2]
-                    assert not np.array_equal(inside, saw[0][f"kernels_{case}"][end - 2])
-    if "2" in parts:
-        check_fit(tmp_path, saw)
-    else:
-        check_the_rest(saw)
+def test_weights_at_boundaries_are_those_of_m_avg(workers, seed, jit, settings):
+    """Of every replica at every boundary; inside a block the replicas differ."""
+    count = workers.workers
+    x, y = programs.oracle_data(count, 7, seed=seed)
+    saw = workers.run(programs.oracle, x, y, jit, settings)
+    equal_on_all(saw, "start_")
+    batches = [[(x[s, j], y[s, j]) for j in range(count)] for s in range(7)]
+    overlap = settings.get("overlap", False)
+    method = reference.overlapped_m_avg if overlap else reference.m_avg
+    boundaries = method(
+        [saw[0]["start_kernel"], saw[0]["start_bias"]],
+        batches * 2, reference.softmax_gradients, learning_rate=0.1, epoch_steps=7,
+        **{name: value for name, value in settings.items() if name != "overlap"},
+    )  # fmt: skip
+    if not overlap:  # all replicas are at the anchor
+        anchors, before = boundaries
+        assert all(len(replicas) == count for replicas in before)
+        boundaries = [[anchor] * count for anchor in anchors]
+    period = settings["sync_period"]
+    ends = [s for s in range(1, 15) if (s - 1) % 7 % period == period - 1 or s % 7 == 0]
+    assert all(own["blocks"] == len(ends) == len(boundaries) for own in saw)
+    for end, want in zip(ends, boundaries, strict=True):
+        for j, own in enumerate(saw):
+            at = [own["kernels"][end - 1], own["biases"][end - 1]]
+            close(at, want[j])
+            if not overlap or end % 7 == 0:
+                np.testing.assert_array_equal(at[0], saw[0]["kernels"][end - 1])
+            if j and end - 1 not in ends and end > 1:
+                inside = own["kernels"][end - 2]
+                assert not np.array_equal(inside, saw[0]["kernels"][end - 2])
 
 
-def check_fit(tmp_path, saw):
-    # 2. fit: logs, weights and statistics are the same on all workers, and it learns.
+@on("pair", "triple", slow=["triple"])
+def test_fit(workers, tmp_path):
+    """Logs, weights and statistics are the same on all workers, and it learns."""
+    saw = workers.run(programs.fit, str(tmp_path))
     for prefix in ("history_", "evaluate_", "predict_", "weight_"):
         equal_on_all(saw, prefix)
     first = saw[0]
@@ -117,49 +101,16 @@ def check_fit(tmp_path, saw):
                                atol=1e-5)  # fmt: skip
 
 
-def check_the_rest(saw):
-    workers = len(saw)
-    # 3. Uneven data: everyone ends, a worker without steps left is not in the mean.
-    for spe, overlap in ((1, False), (3, False), (2, True)):
-        equal_on_all(saw, f"uneven_{spe}")
-        rng = np.random.default_rng(9)
-        x = rng.normal(size=[10, workers, 4, 5]).astype("float32")
-        y = rng.integers(3, size=[10, workers, 4])
-        kernel, blocks = uneven_m_avg(saw[0][f"uneven_{spe}_start"], x, y, 2, overlap)
-        assert saw[0][f"uneven_{spe}_blocks"] == blocks
-        close([saw[0][f"uneven_{spe}_kernel"]], [kernel], 2e-6)
-
-    # 4. Keras's own optimizer trains synchronously.
-    equal_on_all(saw, "stock_")
-    rng = np.random.default_rng(5)
-    x = rng.normal(size=[6, workers, 4, 5]).astype("float32").reshape(6, -1, 5)
-    y = rng.integers(3, size=[6, workers, 4]).reshape(6, -1)
-    plain = keras.Sequential([keras.Input([5]), keras.layers.Dense(3)])
-    plain.compile(
-        keras.optimizers.SGD(0.1, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    plain.set_weights([saw[0]["stock_start"], np.zeros(3)])
-    accuracies = []
-    for _ in range(2):
-        results = []
-        for a, b in zip(x, y, strict=True):
-            plain.reset_metrics()  # older Keras goes on from the batch before
-            results.append(plain.train_on_batch(a, b)[1])
-        accuracies.append(np.mean(results))
-    close([saw[0]["stock_kernel"]], [plain.get_weights()[0]], 2e-6)
-    np.testing.assert_allclose(saw[0]["stock_accuracy"], accuracies, rtol=1e-5)
-
-    # What a train_step returned itself, the worker's number, is averaged over the workers.
-    for own in saw:
-        assert own["own_log"].tolist() == [(workers - 1) / 2]
-
-    # 5. Errors name the remedy, on every worker.
-    for own in saw:
-        assert "must divide by the number of replicas" in str(own["error_batch"])
-        assert f"batch_size={9 * workers};" in str(own["error_batch"])
-        assert "callbacks=[tfbm.BlockTraining()]" in str(own["error_callback"])
+@on("pair", "triple", slow=["pair"])
+@pytest.mark.parametrize(("steps_per_execution", "overlap"), [(1, False), (3, False), (2, True)])
+def test_uneven_data(workers, steps_per_execution, overlap):
+    """Everyone ends, a worker without steps left is not in the mean."""
+    x, y = programs.oracle_data(workers.workers, 10, seed=9)
+    saw = workers.run(programs.uneven, x, y, steps_per_execution, overlap)
+    equal_on_all(saw)
+    kernel, blocks = uneven_m_avg(saw[0]["start"], x, y, 2, overlap)
+    assert saw[0]["blocks"] == blocks
+    close([saw[0]["kernel"]], [kernel], 2e-6)
 
 
 def uneven_m_avg(kernel, x, y, epochs, overlap):
@@ -194,6 +145,57 @@ def uneven_m_avg(kernel, x, y, epochs, overlap):
     return anchor[:-1], blocks
 
 
+@on("pair", "triple", slow=["pair"])
+def test_an_optimizer_of_keras_trains_synchronously(workers):
+    x, y = programs.oracle_data(workers.workers, 6, seed=5)
+    saw = workers.run(programs.stock, x, y)
+    equal_on_all(saw)
+    plain = programs.linear(keras.optimizers.SGD(0.1, momentum=0.9), metrics=["accuracy"])
+    plain.set_weights([saw[0]["start"], np.zeros(3)])
+    x, y = x.reshape(6, -1, 5), y.reshape(6, -1)
+    accuracies = []
+    for _ in range(2):
+        results = []
+        for a, b in zip(x, y, strict=True):
+            plain.reset_metrics()  # older Keras goes on from the batch before
+            results.append(plain.train_on_batch(a, b)[1])
+        accuracies.append(np.mean(results))
+    close([saw[0]["kernel"]], [plain.get_weights()[0]], 2e-6)
+    np.testing.assert_allclose(saw[0]["accuracy"], accuracies, rtol=1e-5)
+
+
+@on("pair", "triple", slow=["pair"])
+def test_logs_of_a_train_step_are_averaged_over_the_workers(workers):
+    count = workers.workers
+    saw = workers.run(programs.own_log, *programs.oracle_data(count, 6, seed=5))
+    assert saw == [[(count - 1) / 2]] * count
+
+
+@on("pair", "triple", slow=["pair"])
+def test_errors_name_the_remedy_on_every_worker(workers):
+    count = workers.workers
+    for error in workers.run(programs.fit_ones, 40, 8 * count + 1, True, expect_error=True):
+        assert error.type == "ValueError"
+        assert "must divide by the number of replicas" in error.text
+        assert f"batch_size={9 * count};" in error.text
+    for error in workers.run(programs.fit_ones, 24, 4 * count, False, expect_error=True):
+        assert error.type == "RuntimeError"
+        assert "callbacks=[tfbm.BlockTraining()]" in error.text
+
+
+def launch_isolated(out, workers, script, limit=280):
+    """Runs a script of this folder on several workers that have a loopback of their own."""
+    command = [sys.executable, "-m", "tf_blockmomentum.launch", "--workers", str(workers)]
+    command += [str(HERE / script), str(out)]
+    inside = 'ip link set lo up && exec "$@"'
+    command = ["unshare", "--net", "--map-root-user", "sh", "-c", inside, "sh", *command]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=limit, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
 def can_isolate():
     try:
         test = ["unshare", "--net", "--map-root-user", "ip", "link", "set", "lo", "up"]
@@ -212,7 +214,7 @@ def test_communication_is_a_packed_all_reduce_a_boundary_and_the_metrics(tmp_pat
     A ring all-reduce of S bytes on P workers sends 2 (P - 1) / P S from each, so 2 S in all
     for P = 2. The metrics, headers and heartbeats must fit in 5 % and 100 kB.
     """
-    launch(tmp_path, 2, "traffic_worker.py", isolated=True)
+    launch_isolated(tmp_path, 2, "traffic_worker.py")
     for index in range(2):
         saw = json.loads((tmp_path / f"{index}.json").read_text())
         for settings, blocks in (

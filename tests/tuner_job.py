@@ -1,8 +1,7 @@
-"""One worker of a search, run by test_tuner.py; it prints a line of JSON for what happens.
+"""Searches of several workers, for test_tuner.py; a line of JSON is printed for what happens.
 
-python tuner_job.py DIRECTORY search   every tuner class but GridSearch; then trials that
-                                       fail in different ways on worker 1
-python tuner_job.py DIRECTORY killed   GridSearch; worker 1 dies in its second trial, once
+`classes` and `failures` run on a pool. `python tuner_job.py DIRECTORY` is one worker of a
+GridSearch, of which worker 1 dies in its second trial, once.
 """
 
 import json
@@ -17,11 +16,7 @@ import keras_tuner as kt
 import tensorflow as tf
 
 import tf_blockmomentum as tfbm
-
-STRATEGY = tfbm.MultiWorkerBlockStrategy()
-WORKER = STRATEGY.cluster_resolver.task_id
-DIRECTORY = Path(sys.argv[1])
-HERE = str(DIRECTORY) if WORKER == 0 else "/proc/only-worker-0-has-it"
+from tf_blockmomentum.strategy import worker_of
 
 
 def say(**what):
@@ -47,15 +42,16 @@ class Told:
         say(end=trial.trial_id, status=trial.status, score=trial.score, message=trial.message)
 
 
-def tuner(cls, build, objective="loss", **arguments):
+def tuner(strategy, directory, cls, build, objective="loss", **arguments):
+    worker, _ = worker_of(strategy)
     told = type(cls.__name__, (Told, cls), {})
     return tfbm.tuner.distribute(told)(
         tfbm.tuner.BlockMomentumHyperModel(build, sync_period=(1, 8)),
         objective=objective,
-        distribution_strategy=STRATEGY,
-        directory=HERE,
+        distribution_strategy=strategy,
+        directory=str(directory) if worker == 0 else "/proc/only-worker-0-has-it",
         project_name=f"{cls.__name__}_{objective}",
-        seed=100 + WORKER,
+        seed=100 + worker,
         **arguments,
     )
 
@@ -74,13 +70,14 @@ def data():
     return helpers.dataset(x, y).with_options(options)
 
 
-def classes():
-    for cls, arguments in {  # GridSearch is in killed()
+def classes(strategy, directory):
+    """Every tuner class but GridSearch."""
+    for cls, arguments in {
         kt.RandomSearch: {"max_trials": 2},
         kt.BayesianOptimization: {"max_trials": 2, "num_initial_points": 1},
         kt.Hyperband: {"max_epochs": 2, "factor": 2},
     }.items():
-        search = tuner(cls, build, **arguments)
+        search = tuner(strategy, directory, cls, build, **arguments)
         say(tuner=cls.__name__)
         search.search(data(), epochs=1, verbose=0)
 
@@ -96,24 +93,31 @@ def tell_the_best(search):
 
 
 class Faults(keras.callbacks.Callback):
-    """On worker 1 only, in the trial given."""
+    """On one worker only, in the trial given."""
+
+    def __init__(self, here):
+        super().__init__()
+        self.here = here
 
     def on_train_batch_end(self, batch, logs=None):
-        if WORKER == 1 and batch == 2:
+        if self.here and batch == 2:
             if Told.trial == "1":
                 raise ArithmeticError("a callback's error")
             if Told.trial == "4":
                 self.model.stop_training = True
 
     def on_epoch_end(self, epoch, logs=None):
-        if WORKER == 1 and Told.trial == "5":
+        if self.here and Told.trial == "5":
             raise ArithmeticError("an error after validation")
 
 
-def failures():
+def failures(strategy, directory):
+    """Trials that fail in different ways on worker 1."""
+    here = worker_of(strategy)[0] == 1
+
     def faulty_build(hp):
         model = build(hp)
-        if Told.trial == "0" and WORKER == 1:
+        if Told.trial == "0" and here:
             raise ArithmeticError("a build's error")
         if Told.trial == "3":
             model.compile(keras.optimizers.SGD(1e30), lambda y, output: tf.reduce_mean(output**2))
@@ -122,7 +126,7 @@ def failures():
     fifth = helpers.examples()[0][64, 0]
 
     def check(x):
-        if WORKER == 1 and Told.trial == "2" and x[0, 0] == fifth:
+        if here and Told.trial == "2" and x[0, 0] == fifth:
             raise ArithmeticError("a dataset's error")
         return x
 
@@ -130,32 +134,32 @@ def failures():
         return tf.ensure_shape(tf.py_function(check, [x], tf.float32), x.shape), y
 
     search = tuner(
-        kt.RandomSearch, faulty_build, "val_loss", max_trials=6, max_consecutive_failed_trials=9
-    )
+        strategy, directory, kt.RandomSearch, faulty_build, "val_loss",
+        max_trials=6, max_consecutive_failed_trials=9,
+    )  # fmt: skip
     search.search(
-        data().map(checked), validation_data=data(), epochs=2, verbose=0, callbacks=[Faults()]
+        data().map(checked), validation_data=data(), epochs=2, verbose=0, callbacks=[Faults(here)]
     )
 
 
 class Killed(keras.callbacks.Callback):
+    def __init__(self, mark):
+        super().__init__()
+        self.mark = mark
+
     def on_train_batch_end(self, batch, logs=None):
-        killed = DIRECTORY / "killed"
-        if WORKER == 1 and Told.trial == "1" and not killed.exists():
-            killed.touch()
+        if Told.trial == "1" and not self.mark.exists():
+            self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def killed():
-    search = tuner(kt.GridSearch, build, max_trials=3)
+def killed(strategy, directory):
+    search = tuner(strategy, directory, kt.GridSearch, build, max_trials=3)
     say(tuner=sorted(search.oracle.trials))
-    search.search(data(), epochs=1, verbose=0, callbacks=[Killed()])
+    callbacks = [Killed(directory / "killed")] if worker_of(strategy)[0] == 1 else []
+    search.search(data(), epochs=1, verbose=0, callbacks=callbacks)
     tell_the_best(search)
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "search":
-        classes()
-        say(failures="from here")
-        failures()
-    else:
-        killed()
+    killed(tfbm.MultiWorkerBlockStrategy(), Path(sys.argv[1]))
