@@ -176,15 +176,22 @@ def test_variables_and_memory():
 def test_moving_average_at_the_end_is_the_replicas_mean(strategy_of):
     x, y = examples()
     model = compiled(strategy_of(2), lambda: keras.optimizers.SGD(0.1, use_ema=True))
-    model.fit(x, y, batch_size=16, verbose=0, callbacks=[tfbm.BlockTraining()])
-    inner = model.optimizer.inner_optimizer
-    averages = [v for v in inner.variables if v.path.endswith("_average")]
-    assert len(averages) == len(model.trainable_variables)
-    for weight, average in zip(model.trainable_variables, averages, strict=True):
-        own = replica_values(average)
-        assert not np.array_equal(*own)
-        for value in replica_values(weight):
-            np.testing.assert_allclose(value, np.mean(own, axis=0), rtol=1e-6, atol=1e-7)
+    own = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            own[:] = map(replica_values, averages())
+
+    def averages():
+        inner = model.optimizer.inner_optimizer
+        return [v for v in inner.variables if v.path.endswith("_average")]
+
+    model.fit(x, y, batch_size=16, verbose=0, callbacks=[tfbm.BlockTraining(), Look()])
+    assert len(own) == len(model.trainable_variables)
+    for weight, average, before in zip(model.trainable_variables, averages(), own, strict=True):
+        assert not np.array_equal(*before)
+        for value in [*replica_values(weight), *replica_values(average)]:
+            np.testing.assert_allclose(value, np.mean(before, axis=0), rtol=1e-6, atol=1e-7)
 
 
 def test_constraints_hold_after_the_outer_step(strategy_of):

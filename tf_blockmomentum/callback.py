@@ -14,7 +14,7 @@ from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
 from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
-from tf_blockmomentum.strategy import worker_of
+from tf_blockmomentum.strategy import BlockStrategy, worker_of
 
 
 class BlockTraining(keras.callbacks.Callback):
@@ -104,6 +104,7 @@ class BlockTraining(keras.callbacks.Callback):
         self._wrappers = wrappers
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        """A new fit: before its first step the workers compare what they start from."""
         self._fit = fit_of(self.model)
         if self._loop is not None:
             self._begin_fit()
@@ -150,7 +151,8 @@ class BlockTraining(keras.callbacks.Callback):
         if self._loop is None:
             model = self._model
             _keras.build(model, element_spec)
-            _keras.check_scope(model)
+            if isinstance(model.distribute_strategy, BlockStrategy):
+                _keras.bring_into_scope(model)
             for wrapper in self._wrappers:
                 if wrapper is not find(wrapper):  # mixed_float16's LossScaleOptimizer
                     _keras.make_local(wrapper)

@@ -323,7 +323,7 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
                 "BlockMomentum.apply() was called outside a block, so replicas would train "
                 "without ever being averaged. With model.fit, pass "
                 "callbacks=[tfbm.BlockTraining()]; in a custom loop, run the step through "
-                "tfbm.BlockLoop; train_on_batch has no blocks."
+                "tfbm.BlockLoop. model.train_on_batch needs neither."
             )
         if not self.built:
             raise NotBuilt(self, variables)

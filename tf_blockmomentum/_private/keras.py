@@ -252,22 +252,35 @@ def shared_variables(model: keras.Model) -> list[Any]:
     return [v for v in model.weights if is_plain_state(v)]
 
 
-def check_scope(model: keras.Model) -> None:
-    """Raises ValueError for metrics and weights of several replicas that were made outside the
-    strategy's scope, so that there is a single one of each."""
-    if model.distribute_strategy.num_replicas_in_sync == 1:
-        return
-    metrics = [v for metric in model.metrics for v in metric.variables]
-    local = len(model.distribute_strategy.extended.worker_devices)
-    weights = model.trainable_variables if local > 1 else []
-    for what, variables in (("metric", metrics), ("weight", weights)):
-        alone = [v for v in variables if not isinstance(v.value, tf.distribute.DistributedValues)]
-        if alone:
-            raise ValueError(
-                f"Some {what}s were made outside strategy.scope(), and would not be of all "
-                f"replicas. Received: {', '.join(sorted({v.path for v in alone})[:5])}. Make them "
-                "inside `with strategy.scope():`, as the model."
-            )
+def bring_into_scope(model: keras.Model) -> None:
+    """Gives each replica its own copy of variables that were made outside the strategy's scope:
+    metrics at the top of a script, a layer that was adapted or loaded before the model was built,
+    a model that is compiled again. There would be a single one for all replicas of a process, and
+    none that knows of other workers'.
+
+    Raises:
+        ValueError: an optimizer has been built with such a variable.
+    """
+    strategy = model.distribute_strategy
+    everything = [*model.variables, *(v for metric in model.metrics for v in metric.variables)]
+    alone = {
+        id(v): v for v in everything if not isinstance(v.value, tf.distribute.DistributedValues)
+    }.values()
+    known = {id(v) for o in optimizers_of(model, lambda o: o) for v in _built_with(o)}
+    built = [v.path for v in alone if id(v) in known]
+    if built:
+        raise ValueError(
+            "Weights were made outside strategy.scope(), and an optimizer built with them. "
+            f"Received: {', '.join(sorted(built)[:5])}. Make the model, and build the optimizer, "
+            "inside `with strategy.scope():`."
+        )
+    with strategy.scope():
+        for v in alone:
+            v._initialize(tf.convert_to_tensor(v.value))
+
+
+def _built_with(optimizer: Any) -> list[Any]:
+    return [v for part in parts_of(optimizer) if part.built for v in part._trainable_variables]
 
 
 def build(model: keras.Model, element_spec: Any) -> bool:

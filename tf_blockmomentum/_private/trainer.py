@@ -170,7 +170,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
     def make_test(self: Any, original: Callable, force: bool = False) -> Any:
         if not isinstance(self.distribute_strategy, BlockStrategy):
             return original(self, force=force)
-        _keras.check_scope(self)
+        _keras.bring_into_scope(self)
         if self.test_function is None or force:
             self.test_function = make_test_function(self)
         return self.test_function
