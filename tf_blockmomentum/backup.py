@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 
 import keras
@@ -20,6 +22,7 @@ from tf_blockmomentum._private import trainer as _trainer
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.callback import (
     BlockTraining,
+    ChiefOnly,
     give_replicas_different_seeds,
     keep_seeds,
     replica_ids,
@@ -32,7 +35,7 @@ from tf_blockmomentum.pieces import (
     worker_counts,
     write,
 )
-from tf_blockmomentum.strategy import worker_of
+from tf_blockmomentum.strategy import replicas_of, worker_of
 
 _OFFERED = 16  # newest backups a worker offers to the others when fit begins
 
@@ -70,16 +73,24 @@ class BlockBackup(keras.callbacks.Callback):
             `steps_per_execution` that does not divide the block, at the next batch end. In an
             epoch in which some worker's data has ended already, none until its end.
         keep: complete backups to keep, at least 1; one more is on disk.
-        callbacks: callbacks of the same fit whose progress is to be restored too, such as
-            EarlyStopping and ReduceLROnPlateau: numbers, strings and lists of arrays among
-            their attributes that fit has changed.
+        callbacks: callbacks of your own whose progress is to be restored too: numbers, strings
+            and lists of arrays among their attributes that fit has changed. That of Keras's
+            callbacks in the same fit (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint and so
+            on, in ChiefOnly too) and History are restored in any case.
 
     Cost: on every worker the time to write its replicas' state, during which all wait, and
     the host memory of the largest variable. Disk: `keep + 1` times that state.
 
+    Stopping: a fit that EarlyStopping (or another callback at the end of an epoch) or its last
+    epoch has ended is finished, and begun again it trains no more. One that is stopped within
+    an epoch is backed up there, and goes on. SIGTERM to any worker, as a machine that is about
+    to be reclaimed gets, ends the block on all workers, writes a backup and raises
+    `SystemExit(143)` from fit, so that the script does not go on with a half-trained model; a
+    SIGTERM handler of the script's own is left alone.
+
     Lost on failure: the blocks since the last complete backup. A torn, missing or changed
-    piece makes its backup not count, with a warning. History, and the state of Python's and
-    NumPy's random generators are not in a backup.
+    piece makes its backup not count, with a warning. The state of Python's and NumPy's random
+    generators is not in a backup.
 
     Not for: sharing trained models (use `model.save`).
 
@@ -87,6 +98,7 @@ class BlockBackup(keras.callbacks.Callback):
         ValueError: an argument out of range; in fit, no BlockTraining before it, a backup of
             another model, or of another `steps_per_execution`.
         OSError: a backup cannot be written; the backups before it remain.
+        SystemExit: from fit, after SIGTERM.
 
     Example:
 
@@ -112,7 +124,7 @@ class BlockBackup(keras.callbacks.Callback):
         self.directory = pathlib.Path(directory)
         self.every = every
         self.keep = keep
-        self._callbacks = list(callbacks)
+        self._own_callbacks = list(callbacks)
         self._names: list = []  # of the backups that count, the oldest first
         self._metrics: list = []  # (part of a variable, value) for when fit has reset them
 
@@ -136,9 +148,15 @@ class BlockBackup(keras.callbacks.Callback):
         self._worker, self._workers = worker_of(self._strategy)
         self._replicas = replica_ids(self._strategy)
         self._variables = _variables(model, self._loop)
+        known = [*self._own_callbacks, *_trainer.fit_of(model).keras_callbacks]
+        inside = [c.callback if isinstance(c, ChiefOnly) else c for c in known]
+        self._callbacks = list({id(c): c for c in inside}.values())
         self._begun_with = [_plain(vars(callback)) for callback in self._callbacks]
+        self._history: dict | None = None  # of the fit that goes on
+        self._saved_midway = False
         self._restore(self._newest())
         self._last_blocks = self._optimizers[0].blocks
+        self._listen_to_sigterm()
 
     def on_epoch_begin(self, epoch, logs=None):
         """Restores the metrics, which fit has just reset."""
@@ -146,24 +164,80 @@ class BlockBackup(keras.callbacks.Callback):
             part.assign(value)
         self._metrics = []
         self._epoch = epoch
+        self._saved_midway = False
+        self._restore_history()
         _trainer.set_initial_epoch(self.model, None)
 
     def on_train_batch_end(self, batch, logs=None):
         due = self.every and self._optimizers[0].blocks >= self._last_blocks + self.every
+        steps, ending = self.params["steps"], self._loop.ending
+        # Where all workers are to stop, and know it; else this worker's wish is not yet heard.
+        stops = ending.stopping or (self._workers == 1 and self.model.stop_training)
+        midway = stops and (steps is None or batch + 1 < steps)
         # A worker whose data has ended is not here and could not write its piece.
-        if due and not self._loop.ending.ended and not self.model.stop_training:
+        if (midway or (due and not stops)) and not ending.ended:
             self._save(self._epoch, batch + 1)
+            self._saved_midway = midway
+            self._leave_if_asked()
 
     def on_epoch_end(self, epoch, logs=None):
+        stopped_within = self._loop.ending.stopping
         self._training.after_callbacks()  # all workers note the same about stopping
-        self._save(epoch + 1, 0)
+        if not self._saved_midway:
+            over = bool(self.model.stop_training) and not stopped_within
+            self._save(epoch + 1, 0, over and not self._loop.ending.leaving, logs)
+        self._leave_if_asked()
 
     def on_train_end(self, logs=None):
+        self._restore_history()
         _trainer.set_initial_epoch(self.model, None)
+
+    # -- SIGTERM ----------------------------------------------------------------------------------
+
+    def _listen_to_sigterm(self):
+        loop = self._loop
+
+        def note(number, frame):
+            loop.wants_to_leave = True
+
+        here = threading.current_thread() is threading.main_thread()
+        if here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, note)
+            _trainer.fit_of(self.model).at_end(
+                lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            )
+        loop.wants_to_leave = False
+
+    def _leave_if_asked(self):
+        """Ends the process, as all workers do now; the last backup is complete."""
+        if self._loop.ending.leaving:
+            self._loop.ending.drop()
+            if self._worker == 0:
+                text = "BlockBackup: leaving after SIGTERM, with a backup; start again to go on"
+                print(text, file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
+
+    # -- History ----------------------------------------------------------------------------------
+
+    def _history_with(self, logs):
+        """History's logs, and those of an epoch that it has yet to hear of."""
+        history = self.model.history
+        past = {k: [float(v) for v in values] for k, values in history.history.items()}
+        for name, value in (logs or {}).items():
+            past.setdefault(name, []).append(float(value))
+        return past
+
+    def _restore_history(self):
+        if self._history is not None:
+            history, past = self.model.history, self._history
+            self._history = None
+            history.history.update(past)
+            history.epoch[:] = range(max(map(len, history.history.values()), default=0))
 
     # -- saving -----------------------------------------------------------------------------------
 
-    def _save(self, epoch, step):
+    def _save(self, epoch, step, over=False, logs=None):
+        """`over`: the fit has come to its end. `logs`: of the epoch that ends."""
         progress.note("writes a backup")
         iterator, batches, one_more = self._loop.batches
         epochs = self._epochs.state(epoch_ended=step == 0)
@@ -180,7 +254,8 @@ class BlockBackup(keras.callbacks.Callback):
             "position": self._loop.position,
             "batches": 0 if epochs["fresh"] else batches,
             "epochs": epochs,
-            "stopped": bool(self.model.stop_training),
+            "stopped": over,
+            "history": self._history_with(logs),
             "variables": _describe(self._variables),
             "callbacks": [],
         }
@@ -200,7 +275,7 @@ class BlockBackup(keras.callbacks.Callback):
             yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
             yield from arrays.items()
             for i, variable in enumerate(self._variables):
-                for r, part in enumerate(_parts(variable, self._strategy)):
+                for r, part in enumerate(replicas_of(variable, self._strategy)):
                     yield f"{r}/{i}", to_bytes(part.numpy())
 
         directory = self.directory / f"epoch-{epoch:06d}-step-{step:09d}"
@@ -313,7 +388,7 @@ class BlockBackup(keras.callbacks.Callback):
         metrics = {id(v) for m in model.metrics for v in m.variables}
         self._metrics = []
         for variable, parts in zip(self._variables, values, strict=True):
-            for part, value in zip(_parts(variable, self._strategy), parts, strict=True):
+            for part, value in zip(replicas_of(variable, self._strategy), parts, strict=True):
                 part.assign(value)
                 if step and id(variable) in metrics:
                     self._metrics.append((part, value))
@@ -329,6 +404,7 @@ class BlockBackup(keras.callbacks.Callback):
             for optimizer in self._optimizers:
                 optimizer.discard_block()
         self._restore_callbacks(pieces[0])
+        self._history = meta.get("history")
 
         def restore_position(iterator):
             data = pieces[0] if exact and isinstance(iterator, tf.data.Iterator) else {}
@@ -373,7 +449,7 @@ class BlockBackup(keras.callbacks.Callback):
         old = {r: (p, k) for p in pieces for k, r in enumerate(p.meta["replicas"])}
         metrics = {id(v) for m in self.model.metrics for v in m.variables}
         shared = {id(g.state) for g in _keras.seed_generators(self.model)}
-        anew = {id(v) for v in self._loop.variables}
+        anew = {id(v) for v in self._loop.ending.replica.of_this_block}
         for i, variable in enumerate(self._variables):
             _, shape, dtype = pieces[0].meta["variables"][i]
 
@@ -413,13 +489,6 @@ def _variables(model, loop):
     metrics = [v for metric in model.metrics for v in metric.variables]
     found = [*model.variables, *model.optimizer.variables, *metrics, *loop.variables]
     return list({id(v): v for v in found}.values())
-
-
-def _parts(variable, strategy):
-    """A variable's copies on this worker's replicas."""
-    if isinstance(variable, keras.Variable):
-        variable = variable.value
-    return strategy.experimental_local_results(variable)
 
 
 def _describe(variables):

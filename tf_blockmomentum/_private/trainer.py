@@ -33,6 +33,16 @@ class Fit:
 
     data: int = 0  # a checksum of arrays; 0: other data
     stops_on_nan: bool = False
+    keras_callbacks: list[Any] = dataclasses.field(default_factory=list)  # and in ChiefOnly
+    _at_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+    def at_end(self, function: Callable[[], Any]) -> None:
+        """Has a function called when fit ends, however it does."""
+        self._at_end.callback(function)
+
+    def end(self) -> None:
+        """Fit has ended."""
+        self._at_end.close()
 
 
 def fit_of(model: keras.Model) -> Fit:
@@ -110,11 +120,17 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         self._tfbm_fit = Fit(
             data=_fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
             stops_on_nan=any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in inside),
+            keras_callbacks=[
+                c
+                for c, callback in zip(known, inside, strict=True)
+                if type(callback).__module__.startswith("keras.")
+            ],
         )
         try:
             with _any_batch(strategy):
                 return original(*given.args, **given.kwargs)
         finally:
+            self._tfbm_fit.end()
             self._tfbm_fit = None
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 callbacks.callbacks.remove(last)

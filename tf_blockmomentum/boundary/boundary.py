@@ -71,8 +71,12 @@ class Boundary:
     @property
     def variables(self) -> list[Any]:
         """Its state."""
-        starts = self._rules.starts
-        return [self.steps, self._sent_counts, *self._residuals.values(), *starts]
+        return [*self.of_this_block, *self._rules.starts]
+
+    @property
+    def of_this_block(self) -> list[Any]:
+        """The part of its state that is about the present block of this replica."""
+        return [self.steps, self._sent_counts, *self._residuals.values()]
 
     @property
     def compressed(self) -> bool:
