@@ -35,7 +35,7 @@ from tf_blockmomentum.pieces import (
     worker_counts,
     write,
 )
-from tf_blockmomentum.strategy import replicas_of, worker_of
+from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 
 _OFFERED = 16  # newest backups a worker offers to the others when fit begins
 
@@ -540,6 +540,7 @@ def _exchange(strategy, local, numbers):
     all-reduce. `local`: how many replicas this worker has."""
     own = [int.from_bytes(os.urandom(7), "big"), *numbers, *[0] * (_OFFERED - len(numbers))]
     progress.note("waits to agree on a backup")
-    rows = gather(strategy, [own] * local)
+    with meeting(strategy, "BlockBackup's beginning"):
+        rows = gather(strategy, [own] * local)
     progress.note("agreed on a backup")
     return [set(row[1:].tolist()) for row in rows], int(rows[0, 0])

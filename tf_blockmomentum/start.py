@@ -11,7 +11,7 @@ import tensorflow as tf
 from tf_blockmomentum.boundary.exchange import gather, take_from_first
 from tf_blockmomentum.boundary.header import crc
 from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.strategy import replicas_of, worker_of
+from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 
 
 def start_alike(
@@ -43,13 +43,15 @@ def start_alike(
             [described, crc([part[r % len(part)].numpy() for part in parts]), data]
             for r in range(count)
         ]
-        told = gather(strategy, rows)
+        with meeting(strategy, "the beginning of a fit"):
+            told = gather(strategy, rows)
         _check_models(told[:, 0], strategy)
         _compare_data(told[:, 2], strategy)
         others = np.flatnonzero(told[:, 1] != told[0, 1])
         if others.size:
             theirs = [v for wrapper in wrappers for v in wrapper.variables]
-            take_from_first(strategy, list({id(v): v for v in [*same, *theirs]}.values()))
+            with meeting(strategy, "the beginning of a fit"):
+                take_from_first(strategy, list({id(v): v for v in [*same, *theirs]}.values()))
             if worker_of(strategy)[0] == 0:
                 print(
                     f"tf_blockmomentum: {_name(others, strategy)} began with other weights than "

@@ -21,6 +21,7 @@ from tf_blockmomentum._private.tensorflow import (
     broadcast_initial_values_of_any_dtype,
     set_heartbeat,
 )
+from tf_blockmomentum.meetings import Meetings
 
 _MOST = 60000.0  # that rounding cannot carry past the largest float16
 
@@ -48,7 +49,13 @@ class BlockStrategy(tf.distribute.Strategy):
     compression: str | None = None  # of deltas on the wire
     _answers_locally = False
     _any_batch = False
+    _meetings: Meetings | None = None
     _one_replica = False
+
+    def meeting(self, place: str) -> contextlib.AbstractContextManager:
+        """Around what all workers have to call; `place` says to people where they are. Raises
+        RuntimeError where the others are somewhere else."""
+        return self._meetings.at(place) if self._meetings else contextlib.nullcontext()
 
     @property
     def num_replicas_in_sync(self) -> int:
@@ -142,12 +149,11 @@ class BlockStrategy(tf.distribute.Strategy):
         value = tf.cast(value, tf.float32)
         part = tf.cast(takes_part, tf.float32)
         flat = tf.where(takes_part, tf.reshape(value, [-1]), 0.0)
-        sums = self.reduce(
-            "SUM",
-            self.experimental_distribute_values_from_function(
-                lambda _: tf.concat([flat, [part]], axis=0)
-            ),
+        parts = self.experimental_distribute_values_from_function(
+            lambda _: tf.concat([flat, [part]], axis=0)
         )
+        with self.meeting("a mean over the workers"):
+            sums = self.reduce("SUM", parts)
         return tf.reshape(tf.math.divide_no_nan(sums[:-1], sums[-1]), value.shape)
 
     def experimental_distribute_dataset(self, dataset, options=None):
@@ -240,6 +246,10 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
                 "right after the imports."
             ) from error
         broadcast_initial_values_of_any_dtype(self)
+        cluster = self.cluster_resolver.cluster_spec().as_dict()
+        addresses = [*cluster.get("chief", []), *cluster.get("worker", [])]
+        if len(addresses) > 1:
+            self._meetings = Meetings(worker_of(self)[0], addresses)
         progress.note("has joined the other workers")
 
 
@@ -269,6 +279,12 @@ def worker_of(strategy):
     cluster = resolver.cluster_spec().as_dict()
     tasks = [(k, i) for k in ("chief", "worker") for i in range(len(cluster.get(k, [])))]
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
+
+
+def meeting(strategy: tf.distribute.Strategy, place: str) -> contextlib.AbstractContextManager:
+    """As `BlockStrategy.meeting`; nothing for other strategies."""
+    known = isinstance(strategy, BlockStrategy)
+    return strategy.meeting(place) if known else contextlib.nullcontext()
 
 
 def replicas_of(variable, strategy):

@@ -1,5 +1,6 @@
 """All that is private of TensorFlow, each with its reason."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -69,3 +70,31 @@ def wire_dtype(dtype: Any) -> tf.DType:
     if dtype.is_floating:
         return tf.float32
     return tf.int64 if dtype in (tf.uint32, tf.uint64) else tf.int32
+
+
+# What workers tell each other outside collectives: the coordination service, which the strategy
+# starts, keeps keys and values for all. TensorFlow has no public function for it.
+
+
+def tell_workers(key: str, value: str) -> None:
+    """Leaves a value for the other workers, if there is none of that name yet."""
+    from tensorflow.python.eager import context
+
+    with contextlib.suppress(tf.errors.OpError):
+        context.context().set_config_key_value(f"tf_blockmomentum/{key}", value)
+
+
+def told_by_workers(key: str) -> str:
+    """The value that a worker has left; "" if none has."""
+    from tensorflow.python.eager import context
+
+    with contextlib.suppress(tf.errors.OpError):
+        return context.context().get_config_key_value(f"tf_blockmomentum/{key}", 20)
+    return ""
+
+
+def abort_collectives(message: str) -> None:
+    """Lets what waits in a collective of this process fail, and all collectives after it."""
+    from tensorflow.python.eager import context
+
+    context.context().abort_collective_ops(9, message)  # FAILED_PRECONDITION

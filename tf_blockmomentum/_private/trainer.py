@@ -22,7 +22,7 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.header import crc
 from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.strategy import BlockStrategy, check_global_batch, worker_of
+from tf_blockmomentum.strategy import BlockStrategy, check_global_batch, meeting, worker_of
 
 _Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
 
@@ -146,8 +146,9 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
 
     def predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
         _flush(self)
-        with _any_batch(self.distribute_strategy):
-            return original(self, _in_order(x, self.distribute_strategy), *args, **kwargs)
+        strategy = self.distribute_strategy
+        with _any_batch(strategy), meeting(strategy, "predict"):
+            return original(self, _in_order(x, strategy), *args, **kwargs)
 
     def test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
         _flush(self)
@@ -207,7 +208,8 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             training.before_epoch_logs()
         if not isinstance(strategy, BlockStrategy):
             return original(self, logs)
-        result = self.get_metrics_result()
+        with strategy.meeting("evaluate's metrics" if tests else "fit's metrics"):
+            result = self.get_metrics_result()
         progress.note("has the metrics of all workers")
         specs = self.test_function.steps.specs if tests else training and training.log_specs
         own = logs or specs or result

@@ -15,7 +15,7 @@ from tf_blockmomentum.boundary.boundary import TOLD, Boundary
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.header import checksum
 from tf_blockmomentum.boundary.nonfinite import describe
-from tf_blockmomentum.strategy import replicas_of, worker_of
+from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 from tf_blockmomentum.variables import Rules
 
 _CHECK = 64  # boundaries from one comparison of the anchors to the next
@@ -129,7 +129,8 @@ class Ending:
 
     def meet(self, told: tf.Tensor) -> np.ndarray:
         """Ends a block without overlap; returns the status."""
-        return self._first(self.boundary(told))
+        with meeting(self._strategy, "the end of a block"):
+            return self._first(self.boundary(told))
 
     def settle(self) -> None:
         """Before somebody looks at the variables: lands what is in flight, and makes all state
@@ -137,7 +138,8 @@ class Ending:
         if self._flight is not None:
             self.land(flush=True)
         if not self._settled and self.replica.settling:
-            self._settle()
+            with meeting(self._strategy, "a flush"):
+                self._settle()
         self._settled = True
 
     def _told(self, ended: bool, stopping: bool, leaving: bool) -> tf.Tensor:
@@ -172,10 +174,11 @@ class Ending:
 
     def _put_right(self) -> None:
         """What a boundary has shown to differ between the replicas."""
-        if self._uneven:
-            self._align()
-        if self._differing:
-            self._average()
+        with meeting(self._strategy, "the end of a block"):
+            if self._uneven:
+                self._align()
+            if self._differing:
+                self._average()
         self._uneven = self._differing = False
 
     def _check_together(self, numbers: dict[str, np.ndarray]) -> None:
@@ -261,8 +264,9 @@ class Ending:
     def _arrive(self) -> tuple[Any, np.ndarray]:
         assert self._flight is not None
         flight, self._flight = self._flight, None
-        sums, status = flight.result()
-        status = self._first(status)
+        with meeting(self._strategy, "the end of a block"):
+            sums, status = flight.result()
+            status = self._first(status)
         bad = any(self.replica.header.read(status[:-1])["nonfinite"])
         if bad and self.on_nonfinite == "raise":
             self._land(sums, tf.constant(True))
@@ -322,4 +326,5 @@ class Ending:
         if worker_of(self._strategy)[1] == 1:
             return number
         rows = [[number]] * len(replicas_of(self.replica.steps, self._strategy))
-        return int(gather(self._strategy, rows).max())
+        with meeting(self._strategy, "the end of an epoch"):
+            return int(gather(self._strategy, rows).max())
