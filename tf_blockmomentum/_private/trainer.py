@@ -224,6 +224,8 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             own,
         )
 
+    for name in ("save", "save_weights", "export"):
+        _flushed(name)
     for replacement in (
         fit,
         evaluate,
@@ -237,6 +239,23 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         _get_metrics_result_or_logs,
     ):
         _method(replacement)
+
+
+def _flushed(name: str) -> None:
+    """Lets a method that saves end the block of a loop over `train_on_batch` first, where one
+    process trains; with several workers the chief may save alone, and cannot end a block."""
+    original = getattr(keras.Model, name)
+    original = getattr(original, "_tfbm_original", original)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        training = training_of(self)
+        if training is not None and worker_of(self.distribute_strategy)[1] == 1:
+            training.flush_between_fits()
+        return original(self, *args, **kwargs)
+
+    method._tfbm_original = original  # type: ignore[attr-defined]
+    setattr(keras.Model, name, method)
 
 
 def _flush(model: keras.Model) -> None:
