@@ -154,6 +154,26 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         _flush(self)
         return original(self, *args, **kwargs)
 
+    def predict_on_batch(self: Any, original: Callable, x: Any) -> Any:
+        # The batch is this worker's own: Keras would return it once for each replica.
+        strategy = self.distribute_strategy
+        if not isinstance(strategy, BlockStrategy):
+            return original(self, x)
+
+        @tf.function(autograph=False)
+        def predict(data: Any) -> Any:
+            outputs = strategy.run(self.predict_step, args=(data,))
+            return keras.tree.map_structure(
+                lambda output: strategy.experimental_local_results(output)[0], outputs
+            )
+
+        if worker_of(strategy)[1] == 1:
+            _flush(self)
+        outputs = predict((x,))
+        return keras.tree.map_structure(
+            lambda t: t.numpy() if isinstance(t, tf.Tensor) else t, outputs
+        )
+
     def make_train_function(self: Any, original: Callable, force: bool = False) -> Any:
         if not _keras.optimizers_of(self, find):
             return original(self, force=force)
@@ -231,6 +251,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         evaluate,
         predict,
         test_on_batch,
+        predict_on_batch,
         make_train_function,
         _maybe_symbolic_build,
         reset_metrics,
