@@ -125,7 +125,7 @@ class Meetings:
                 where = _tensorflow.told_by_workers(f"at/{number}/{i}")
                 if where and where != place:
                     return self._apart(place, i, where)
-        if "mismatch" not in error:
+        if "mismatch" not in error and " expected " not in error:
             return ""
         return (
             f"At {place}, the workers have values of unlike shapes or dtypes: "
