@@ -12,6 +12,21 @@ if "tf_blockmomentum.launch" in _sys.orig_argv or (
 ):
     __all__ = []
 else:
+    try:
+        import keras as _keras
+    except ImportError:  # of the library that another backend stands on
+        _backend = _os.environ.get("KERAS_BACKEND", "tensorflow")
+        if _backend == "tensorflow":
+            raise
+    else:
+        _backend = _keras.config.backend()
+    if _backend != "tensorflow":
+        raise ImportError(
+            "tf_blockmomentum needs Keras's TensorFlow backend. Received: the "
+            f"{_backend} backend. Set KERAS_BACKEND=tensorflow in the environment (or in "
+            "~/.keras/keras.json) before keras is imported."
+        )
+
     from tf_blockmomentum import progress as _progress
     from tf_blockmomentum import schedules
     from tf_blockmomentum.backup import BlockBackup

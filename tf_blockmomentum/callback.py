@@ -86,6 +86,7 @@ class BlockTraining(keras.callbacks.Callback):
     def attach(self, model: keras.Model) -> None:
         """Takes the model's training over, with the loop of an earlier fit if it fits."""
         self._model = model
+        _keras.unwrap_second_loss_scaling(model)
         wrappers = _keras.optimizers_of(model, find)
         if not wrappers:
             raise ValueError(
@@ -154,9 +155,6 @@ class BlockTraining(keras.callbacks.Callback):
             _keras.build(model, element_spec)
             if isinstance(model.distribute_strategy, BlockStrategy):
                 _keras.bring_into_scope(model)
-            for wrapper in self._wrappers:
-                if wrapper is not find(wrapper):  # mixed_float16's LossScaleOptimizer
-                    _keras.make_local(wrapper)
             self._loop = BlockLoop(
                 model.train_step,
                 self._wrappers,
@@ -218,6 +216,11 @@ class BlockTraining(keras.callbacks.Callback):
         if self._loop is not None:
             with _eagerly(self._model.run_eagerly):
                 self._loop.flush()
+
+    def flush_between_fits(self) -> None:
+        """As `flush`, unless a fit is under way."""
+        if self._model.train_function != self._train_function:
+            self.flush()
 
     def _between_fits(self, data: Any) -> Any:
         """What `train_on_batch` calls: one local step. The loop goes on from batch to batch."""

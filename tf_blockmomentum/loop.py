@@ -12,7 +12,7 @@ from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.ending import Ending
 from tf_blockmomentum.optimizer import BlockMomentum, check_strategy, find
 from tf_blockmomentum.start import start_alike
-from tf_blockmomentum.steps import LocalSteps, building, explaining_xla, next_batch, resolve_jit
+from tf_blockmomentum.steps import LocalSteps, explaining_xla, next_batch, resolve_jit
 from tf_blockmomentum.strategy import check_number
 
 
@@ -85,6 +85,8 @@ class BlockLoop:
         wrappers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         self.optimizers = check_together(wrappers)
         self._wrappers = wrappers
+        for wrapper in wrappers:
+            _keras.make_local(wrapper)  # loss scaling asks all replicas, else
         self._strategy = strategy or tf.distribute.get_strategy()
         check_strategy(self._strategy)
         self._jit = resolve_jit(jit_compile)
@@ -119,7 +121,11 @@ class BlockLoop:
 
         steps = self.ending.replica.steps
         self._local_steps = LocalSteps(
-            local_step, self._strategy, self._jit, after_step=lambda: steps.assign_add(1)
+            local_step,
+            self._strategy,
+            self._jit,
+            after_step=lambda: steps.assign_add(1),
+            optimizers=wrappers,
         )
 
         self.take_steps: Callable = self._local_steps
@@ -231,7 +237,7 @@ class BlockLoop:
         """Traces a step before the first is taken: it tells which variables are updated and
         assigned, and builds optimizers that nobody has built."""
         if not self._traced and not tf.config.functions_run_eagerly():
-            building(trace, self._strategy)
+            trace()
             self.ending.ready()
         self._traced = True
 

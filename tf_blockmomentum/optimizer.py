@@ -369,6 +369,8 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
         """Makes the anchor (a copy of `variables`), the velocity and the inner state."""
         if self.built:
             return
+        if self._stepping:
+            raise NotBuilt(self, variables)  # an optimizer around it builds itself in the step
         if not tf.executing_eagerly():
             raise ValueError(
                 "BlockMomentum must be built before its first step is traced, since the "

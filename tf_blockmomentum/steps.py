@@ -2,13 +2,13 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.optimizer import NotBuilt
+from tf_blockmomentum.optimizer import NotBuilt, find
 from tf_blockmomentum.strategy import BlockStrategy
 
 
@@ -20,6 +20,7 @@ class LocalSteps:
         strategy: where it runs.
         jit_compile: whether XLA compiles it.
         after_step: called in the replica after each step, outside XLA.
+        optimizers: what the step may apply.
     """
 
     def __init__(
@@ -28,15 +29,19 @@ class LocalSteps:
         strategy: tf.distribute.Strategy,
         jit_compile: bool,
         after_step: Callable[[], Any] | None = None,
+        optimizers: Sequence[Any] = (),
     ) -> None:
+        self._optimizers = optimizers
         self._strategy = strategy
-        self._step = tf.function(
-            functools.partial(_as_one_replica, strategy, step_fn),
-            jit_compile=jit_compile,
-            autograph=False,
-        )
+        self._step_fn = functools.partial(_as_one_replica, strategy, step_fn)
+        self._jit = jit_compile
         self._after_step = after_step
         self.specs: Any = None  # of what a step returns, once one has been traced
+        self._make()
+
+    def _make(self) -> None:
+        """What is compiled; anew after a trace that was broken off, which leaves it unusable."""
+        self._step = tf.function(self._step_fn, jit_compile=self._jit, autograph=False)
         make = functools.partial(tf.function, reduce_retracing=True, autograph=False)
         self._one_step = make(self._take_one_step)
         self._from_iterator = make(self._loop_from_iterator)
@@ -65,15 +70,47 @@ class LocalSteps:
 
     def trace(self, iterator: Any, peek: bool = False) -> None:
         """Traces a step without taking it, so that all that can be known of it is known."""
-        self._from_iterator.get_concrete_function(iterator, tf.constant(1), peek)
+        self._building(
+            lambda: self._from_iterator.get_concrete_function(iterator, tf.constant(1), peek)
+        )
 
     def trace_spec(self, element_spec: Any) -> None:
         """As `trace`, where there is no iterator yet."""
-        self.specs = self._one_step.get_concrete_function(element_spec).structured_outputs[0]
+        step = self._building(lambda: self._one_step.get_concrete_function(element_spec))
+        self.specs = step.structured_outputs[0]
 
     def one_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         """One step on a batch of this worker: outputs, and whether it was not empty."""
-        return building(lambda: self._one_step(data), self._strategy)
+        return self._building(lambda: self._one_step(data))
+
+    def _building(self, trace: Callable[[], Any]) -> Any:
+        """Calls a function that takes or traces a step, again for every optimizer that the step
+        turns out to apply and nobody has built: only the step knows to which variables."""
+        while True:
+            try:
+                return trace()
+            except NotBuilt as error:
+                wrapper = next(o for o in self._optimizers if find(o) is error.optimizer)
+                variables = error.variables
+            except RuntimeError as error:
+                if "merge_call" not in str(error):
+                    raise
+                raise ValueError(
+                    "A local step cannot communicate between replicas, and this train_step does: "
+                    "it applies an optimizer that is not wrapped in tfbm.BlockMomentum, or calls "
+                    "merge_call or all_reduce. Wrap all optimizers that it applies (several end "
+                    "their blocks together), and leave averaging to the boundary."
+                ) from error
+            if variables is None:
+                raise ValueError(
+                    "The optimizer must be built before the first step, or be told its "
+                    "variables. Received: optimizer.apply(gradients) of "
+                    f"{wrapper.name!r}. Call optimizer.build(model.trainable_variables), inside "
+                    "strategy.scope(), or optimizer.apply(gradients, variables)."
+                )
+            with self._strategy.scope():
+                wrapper.build(list(variables))
+            self._make()
 
     def _replica_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         # A plain function around the compiled one: strategy.run would lift a bare
@@ -173,25 +210,6 @@ def _as_one_replica(strategy: tf.distribute.Strategy, step_fn: Callable, data: A
         return step_fn(data)
     with strategy.one_replica():
         return step_fn(data)
-
-
-def building(trace: Callable[[], Any], strategy: tf.distribute.Strategy) -> Any:
-    """Calls a function that takes or traces a step, again for every optimizer that the step turns
-    out to apply and nobody has built: only the step knows which variables it is for."""
-    while True:
-        try:
-            return trace()
-        except NotBuilt as error:
-            if error.variables is None:
-                raise ValueError(
-                    "The optimizer must be built before the first step, or be told its variables. "
-                    f"Received: optimizer.apply(gradients) of {error.optimizer.name!r}. Call "
-                    "optimizer.build(model.trainable_variables), inside strategy.scope(), or "
-                    "optimizer.apply(gradients, variables)."
-                ) from None
-            optimizer, variables = error.optimizer, error.variables
-        with strategy.scope():
-            optimizer.build(list(variables))
 
 
 def next_batch(iterator, strategy):

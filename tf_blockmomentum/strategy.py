@@ -20,6 +20,7 @@ from tf_blockmomentum._private.tensorflow import (
     as_a_number,
     broadcast_initial_values_of_any_dtype,
     set_heartbeat,
+    wire_dtype,
 )
 from tf_blockmomentum.meetings import Meetings
 
@@ -142,6 +143,15 @@ class BlockStrategy(tf.distribute.Strategy):
             return super(BlockStrategy, self).reduce(reduce_op, v, axis=None if scalar else axis)
 
         return tf.nest.map_structure(reduce_one, value)
+
+    def gather(self, value, axis):
+        """As in TensorFlow, of values of any dtype: its collectives know a few."""
+        dtype = tf.as_dtype(self.experimental_local_results(value)[0].dtype)
+        wire = wire_dtype(dtype)
+        if wire == dtype:
+            return super().gather(value, axis)
+        wide = self.run(lambda v: tf.cast(v, wire), args=(value,))
+        return tf.cast(super().gather(wide, axis), dtype)
 
     def mean_over_workers(self, value, takes_part=True):
         """The mean of the workers' own values of a tensor, on every worker; of those alone that

@@ -114,11 +114,8 @@ def _default_rule(variable: Any, value: Any) -> str:
 
 
 def _operation(value: Any) -> Any:
-    """What a tensor comes from; None if it was computed eagerly."""
-    try:
-        return value.op
-    except AttributeError:
-        return None
+    """What a value comes from; None if it was computed eagerly."""
+    return None if tf.executing_eagerly() else tf.convert_to_tensor(value).op
 
 
 def _through(operation: Any, types: set[str]) -> Any:

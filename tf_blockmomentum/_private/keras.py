@@ -246,6 +246,17 @@ def optimizers_of(model: keras.Model, find: Callable[[Any], Any]) -> list[Any]:
     return list({id(v): v for v in known if v is not None and find(v) is not None}.values())
 
 
+def unwrap_second_loss_scaling(model: keras.Model) -> None:
+    """Takes off the loss scaling that `compile` puts around an optimizer under mixed_float16 if
+    there is one inside already, where `compile` does not see it: gradients would be unscaled
+    twice."""
+    outer = getattr(model, "optimizer", None)
+    if isinstance(outer, keras.optimizers.LossScaleOptimizer):
+        kinds = [isinstance(part, keras.optimizers.LossScaleOptimizer) for part in parts_of(outer)]
+        if sum(kinds) > 1:
+            model.optimizer = outer.inner_optimizer
+
+
 def shared_variables(model: keras.Model) -> list[Any]:
     """A model's variables that are the same on all replicas when nobody is in a block: no
     metrics, no seeds."""

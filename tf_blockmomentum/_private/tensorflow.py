@@ -67,6 +67,8 @@ def wire_dtype(dtype: Any) -> tf.DType:
     dtype = tf.as_dtype(dtype)
     if dtype in (tf.float32, tf.float16, tf.float64, tf.int32, tf.int64):
         return dtype
+    if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+        return dtype  # as text; the collective will say so
     if dtype.is_floating:
         return tf.float32
     return tf.int64 if dtype in (tf.uint32, tf.uint64) else tf.int32

@@ -156,6 +156,26 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         _flush(self)
         return original(self, *args, **kwargs)
 
+    def predict_on_batch(self: Any, original: Callable, x: Any) -> Any:
+        # The batch is this worker's own: Keras would return it once for each replica.
+        strategy = self.distribute_strategy
+        if not isinstance(strategy, BlockStrategy):
+            return original(self, x)
+
+        @tf.function(autograph=False)
+        def predict(data: Any) -> Any:
+            outputs = strategy.run(self.predict_step, args=(data,))
+            return keras.tree.map_structure(
+                lambda output: strategy.experimental_local_results(output)[0], outputs
+            )
+
+        if worker_of(strategy)[1] == 1:
+            _flush(self)
+        outputs = predict((x,))
+        return keras.tree.map_structure(
+            lambda t: t.numpy() if isinstance(t, tf.Tensor) else t, outputs
+        )
+
     def make_train_function(self: Any, original: Callable, force: bool = False) -> Any:
         if not _keras.optimizers_of(self, find):
             return original(self, force=force)
@@ -226,11 +246,14 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             own,
         )
 
+    for name in ("save", "save_weights", "export"):
+        _flushed(name)
     for replacement in (
         fit,
         evaluate,
         predict,
         test_on_batch,
+        predict_on_batch,
         make_train_function,
         _maybe_symbolic_build,
         reset_metrics,
@@ -239,6 +262,23 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         _get_metrics_result_or_logs,
     ):
         _method(replacement)
+
+
+def _flushed(name: str) -> None:
+    """Lets a method that saves end the block of a loop over `train_on_batch` first, where one
+    process trains; with several workers the chief may save alone, and cannot end a block."""
+    original = getattr(keras.Model, name)
+    original = getattr(original, "_tfbm_original", original)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        training = training_of(self)
+        if training is not None and worker_of(self.distribute_strategy)[1] == 1:
+            training.flush_between_fits()
+        return original(self, *args, **kwargs)
+
+    method._tfbm_original = original  # type: ignore[attr-defined]
+    setattr(keras.Model, name, method)
 
 
 def _flush(model: keras.Model) -> None:

@@ -52,6 +52,7 @@ class Ending:
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
         self._flight: concurrent.futures.Future | None = None  # deltas on their way
         self._boundaries = 0
+        self._anchor_told = 0
         self._settled = True
         self._uneven = False  # whether replicas have taken unlike numbers of steps
         self._differing = False  # whether anchors were set to unlike values
@@ -116,6 +117,10 @@ class Ending:
             self._settled = False
             if self._optimizers[0].overlap:
                 self.send_block(told)
+                # Here all workers have landed the block before; one whose data has ended lands
+                # this one at once, the others later.
+                due = (self._boundaries + 1) % _CHECK == 0
+                self._anchor_told = self._sum_of_anchors() if due else 0
                 if ended:
                     self.land()
             else:
@@ -145,17 +150,24 @@ class Ending:
     def _told(self, ended: bool, stopping: bool, leaving: bool) -> tf.Tensor:
         """What this worker's replicas are to tell the others."""
         self._boundaries += 1
-        check = ended or self.weights_set or self._boundaries % _CHECK == 0
-        anchors = [a for optimizer in self._optimizers for a in optimizer.anchors]
+        anchor = 0
+        if self._optimizers[0].overlap:
+            anchor = self._sum_of_anchors() if self.weights_set else self._anchor_told
+        elif ended or self.weights_set or self._boundaries % _CHECK == 0:
+            anchor = self._sum_of_anchors()
         numbers = {
             "ended": ended,
             "stopping": stopping,
             "leaving": leaving,
             "set": self.weights_set,
-            "anchor": checksum([a.numpy() for a in anchors]) if check else 0,
+            "anchor": anchor,
         }
         self.weights_set = False
         return tf.constant([float(numbers[name]) for name in TOLD])
+
+    def _sum_of_anchors(self) -> int:
+        anchors = [a for optimizer in self._optimizers for a in optimizer.anchors]
+        return checksum([a.numpy() for a in anchors])
 
     def _take_note(self, status: np.ndarray, period: int | None = None) -> None:
         """Of what a boundary has told this worker."""
@@ -234,7 +246,8 @@ class Ending:
         flush = flush or ended == self._strategy.num_replicas_in_sync
         self._land(sums, tf.constant(flush))
         self._take_note(status)
-        self._put_right()
+        if flush:  # all workers are here
+            self._put_right()
         self.forget_assignments()
 
     def go_on(self) -> None:
