@@ -286,6 +286,17 @@ def test_tf_config(text, problem):
         _check_tf_config(good)
 
 
+def test_a_wrong_compile_argument_is_told_as_keras_tells_it():
+    """The metrics are wrong, and the optimizer not built yet."""
+    inputs = keras.Input([3])
+    model = keras.Model(inputs, {n: keras.layers.Dense(1, name=n)(inputs) for n in "ab"})
+    optimizer = tfbm.BlockMomentum(keras.optimizers.SGD(0.1))
+    model.compile(optimizer, {"a": "mse", "b": "mse"}, metrics={"c": ["mse"]})
+    y = {"a": np.ones([8, 1]), "b": np.ones([8, 1])}
+    with pytest.raises(ValueError, match=r"(?s)Invalid `metrics`.*'c'"):
+        model.fit(np.ones([8, 3]), y, verbose=0, callbacks=[tfbm.BlockTraining()])
+
+
 @pytest.mark.timeout(120)
 def test_strategy_after_other_operations_and_a_bad_tf_config():
     """In a process of its own: a second strategy in one process would not do."""

@@ -69,6 +69,24 @@ def test_steps_per_execution_changes_nothing(strategy_of, sync_period, blocks, k
     assert results[0][1]["val_loss"][1] < results[0][1]["val_loss"][0]
 
 
+def test_steps_per_epoch_counts_whole_executions_as_keras_does():
+    """3 steps an epoch in executions of 2 are 4; the batches go on where they stopped."""
+    x, y = examples()
+    results = []
+    for ours in (False, True):
+        keras.utils.set_random_seed(0)
+        model, inner = classifier(), keras.optimizers.Adam(0.01)
+        optimizer = tfbm.BlockMomentum(inner, 3, block_momentum=0.0) if ours else inner
+        model.compile(optimizer, crossentropy(), steps_per_execution=2)
+        callbacks = [tfbm.BlockTraining()] if ours else []
+        data = dataset(x, y, 8)  # 12 batches
+        model.fit(data, epochs=2, steps_per_epoch=3, verbose=0, callbacks=callbacks)
+        results.append([int(inner.iterations), *model.get_weights()])
+    assert results[0][0] == results[1][0] == 8
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_validation_sees_the_anchor_on_every_replica(strategy_of):
     """In mid-block weights differ; when validation begins they are equal on all replicas."""
     x, y = examples()

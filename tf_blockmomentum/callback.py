@@ -130,7 +130,8 @@ class BlockTraining(keras.callbacks.Callback):
     # -- the training function --------------------------------------------------------------------
 
     def _train_function(self, iterator: Any) -> Any:
-        """What fit calls: `steps_per_execution` local steps, fewer at the end of an epoch."""
+        """What fit calls: `steps_per_execution` local steps, fewer where the data ends. With
+        `steps_per_epoch` Keras counts whole executions, which may be more than it asks for."""
         model = self.model
         loop = self.ready_loop(iterator.element_spec)
         total = self.params["steps"]  # None: not known
@@ -139,7 +140,7 @@ class BlockTraining(keras.callbacks.Callback):
         with _eagerly(model.run_eagerly):
             logs = loop._run(
                 iterator,
-                min(steps, left),
+                steps if self._fit.counts_steps else min(steps, left),
                 last=total is not None and left <= steps,
                 peek=total is None,
             )

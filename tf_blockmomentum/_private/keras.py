@@ -325,7 +325,13 @@ def build(model: keras.Model, element_spec: Any) -> bool:
         own_step = type(model).train_step is not _TRAIN_STEP
         return own_step and "Unable to automatically build" in str(error)
     except (TypeError, ValueError):
-        return False  # an actual batch tells more
+        # An actual batch tells more: what the model cannot take, or its metrics or loss. The
+        # optimizer's part is done all the same, or its absence would hide that error.
+        optimizer = model.optimizer
+        if optimizer is not None and all(layer.built for layer in layers_of(model)):
+            with model.distribute_strategy.scope():
+                optimizer.build(model.trainable_variables)
+        return False
     return True
 
 

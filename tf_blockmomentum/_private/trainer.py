@@ -33,6 +33,7 @@ class Fit:
 
     data: int = 0  # a checksum of arrays; 0: other data
     stops_on_nan: bool = False
+    counts_steps: bool = False  # an epoch ends after a number of steps, not with the data
     keras_callbacks: list[Any] = dataclasses.field(default_factory=list)  # and in ChiefOnly
     _at_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
@@ -120,6 +121,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         self._tfbm_fit = Fit(
             data=_fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
             stops_on_nan=any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in inside),
+            counts_steps=bool(wanted.get("steps_per_epoch")),
             keras_callbacks=[
                 c
                 for c, callback in zip(known, inside, strict=True)
