@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.optimizer import NotBuilt, find
-from tf_blockmomentum.strategy import BlockStrategy
+from tf_blockmomentum.strategy import BlockStrategy, none_for_marks
 
 
 class LocalSteps:
@@ -115,7 +115,7 @@ class LocalSteps:
     def _replica_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         # A plain function around the compiled one: strategy.run would lift a bare
         # tf.function out over all devices, and XLA refuses other devices' variables.
-        data = _keras.none_for_optional(data)
+        data = _keras.none_for_optional(none_for_marks(data))
 
         def take() -> Any:
             outputs = self._step(data)

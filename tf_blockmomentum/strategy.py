@@ -53,6 +53,7 @@ class BlockStrategy(tf.distribute.Strategy):
     compression: str | None = None  # of deltas on the wire
     _answers_locally = False
     _any_batch = False
+    _marks_none = False
     _meetings: Meetings | None = None
     _one_replica = False
 
@@ -123,13 +124,15 @@ class BlockStrategy(tf.distribute.Strategy):
             self._answers_locally = before
 
     @contextlib.contextmanager
-    def any_batch(self) -> Iterator[None]:
-        """Inside, batches need not divide by the replicas: evaluation counts by the example."""
-        before, self._any_batch = self._any_batch, True
+    def any_batch(self, marks_none: bool = True) -> Iterator[None]:
+        """Inside, batches need not divide by the replicas: evaluation counts by the example. And
+        inputs may be None, if steps get them through `none_for_marks`."""
+        before = self._any_batch, self._marks_none
+        self._any_batch, self._marks_none = True, marks_none
         try:
             yield
         finally:
-            self._any_batch = before
+            self._any_batch, self._marks_none = before
 
     def reduce(self, reduce_op, value, axis=None):
         """Reduces a value, or a structure of values, over all replicas.
@@ -180,6 +183,8 @@ class BlockStrategy(tf.distribute.Strategy):
         size = int(
             tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
         )
+        if self._marks_none:
+            dataset = _mark_none(dataset)
         if not self._any_batch:
             check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
         if options is None:
@@ -292,6 +297,30 @@ def worker_of(strategy):
     cluster = resolver.cluster_spec().as_dict()
     tasks = [(k, i) for k in ("chief", "worker") for i in range(len(cluster.get(k, [])))]
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
+
+
+# TensorFlow's distributed iterators take no None (an optional input that is not given). A dtype
+# that no model has stands for it on the way.
+_NONE = tf.qint32
+
+
+def _mark_none(dataset):
+    def mark(*element):
+        leaves = tf.nest.flatten(element)
+        size = tf.shape(next(leaf for leaf in leaves if isinstance(leaf, tf.Tensor)))[0]
+        none = tf.bitcast(tf.zeros([size], tf.int32), _NONE)
+        marked = tf.nest.map_structure(lambda leaf: none if leaf is None else leaf, element)
+        return marked if len(marked) > 1 else marked[0]
+
+    specs = tf.nest.flatten(dataset.element_spec)
+    return dataset.map(mark) if any(isinstance(s, tf.NoneTensorSpec) for s in specs) else dataset
+
+
+def none_for_marks(data):
+    """Puts None back where a dataset had it; of tensors or of their specs."""
+    return tf.nest.map_structure(
+        lambda leaf: None if getattr(leaf, "dtype", None) == _NONE else leaf, data
+    )
 
 
 def meeting(strategy: tf.distribute.Strategy, place: str) -> contextlib.AbstractContextManager:

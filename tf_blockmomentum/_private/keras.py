@@ -8,6 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_blockmomentum.strategy import none_for_marks
+
 _BaseOptimizer = next(
     c for c in keras.optimizers.Optimizer.__mro__ if c.__name__ == "BaseOptimizer"
 )
@@ -307,7 +309,8 @@ def build(model: keras.Model, element_spec: Any) -> bool:
 
     def shape_and_type(spec: Any) -> Any:
         spec = getattr(spec, "_value_specs", [spec])[0]  # a PerReplicaSpec's
-        return None if isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec) else spec
+        missing = isinstance(spec, tf.OptionalSpec | tf.NoneTensorSpec)
+        return None if missing else none_for_marks(spec)
 
     built = model.optimizer is None or model.optimizer.built
     if built and all(layer.built for layer in layers_of(model)) and not _unbuilt_parts(model):
@@ -337,7 +340,8 @@ def build(model: keras.Model, element_spec: Any) -> bool:
 
 def build_with(model: keras.Model, batch: Any) -> None:
     """As `build`, with an actual batch."""
-    x, y, _ = keras.utils.unpack_x_y_sample_weight(none_for_optional(batch))
+    batch = none_for_optional(none_for_marks(batch))
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
     with model.distribute_strategy.scope():
         y_pred = model(x, training=False) if model._call_has_training_arg else model(x)
         for part in (model._compile_metrics, model._compile_loss):

@@ -149,7 +149,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
     def predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
         _flush(self)
         strategy = self.distribute_strategy
-        with _any_batch(strategy), meeting(strategy, "predict"):
+        with _any_batch(strategy, marks_none=False), meeting(strategy, "predict"):
             return original(self, _in_order(x, strategy), *args, **kwargs)
 
     def test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -367,8 +367,8 @@ def _locally(strategy: tf.distribute.Strategy) -> Any:
     return strategy.local_input() if isinstance(strategy, BlockStrategy) else _nothing()
 
 
-def _any_batch(strategy: tf.distribute.Strategy) -> Any:
-    return strategy.any_batch() if isinstance(strategy, BlockStrategy) else _nothing()
+def _any_batch(strategy: tf.distribute.Strategy, marks_none: bool = True) -> Any:
+    return strategy.any_batch(marks_none) if isinstance(strategy, BlockStrategy) else _nothing()
 
 
 def _nothing() -> Any:
