@@ -436,7 +436,3 @@ def _parse(arguments):
             f"{os.getcwd()}. Give its path after the launcher's own options."
         )
     return options
-
-
-if __name__ == "__main__":
-    sys.exit(main())
