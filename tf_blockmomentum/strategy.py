@@ -192,6 +192,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
                 "a dataset or a model). Move the strategy's line to the top of the script, "
                 "right after the imports."
             ) from error
+        progress.keep_signal_handler()
         progress.note("has joined the other workers")
 
 
