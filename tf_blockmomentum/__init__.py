@@ -18,6 +18,7 @@ else:
     from tf_blockmomentum import schedules
     from tf_blockmomentum.backup import BlockBackup
     from tf_blockmomentum.callback import BlockTraining, ChiefOnly
+    from tf_blockmomentum.launch.spawn import spawn
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum, SlowMo
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
@@ -34,6 +35,7 @@ else:
         "MultiWorkerBlockStrategy",
         "SlowMo",
         "schedules",
+        "spawn",
     ]
 
 

@@ -66,6 +66,11 @@ class Launcher:
         self.failures: list[Failure] = []
         self.interrupted: int | None = None
 
+    @property
+    def logs(self) -> list[str]:
+        """Files with the workers' output, if they were kept."""
+        return self._output.logs
+
     def run(
         self, make_environments: Environments, count: int = 1, least: int = 1, most: int = 1
     ) -> int:
@@ -147,14 +152,14 @@ class Launcher:
         self._say(f"interrupted by {signal_name(number)}; ended all workers")
         if self._go_on:
             self._say(f"go on with: {self._go_on}")
-        if self._output.logs:
-            self._say(f"output: {', '.join(self._output.logs)}")
+        if self.logs:
+            self._say(f"output: {', '.join(self.logs)}")
         return 128 + number
 
     def _failed(self, workers: int, restarts: int) -> int:
         self._tell(last_lines=False)
         self._say(f"ended all workers, restarts: {restarts}")
-        text = account(self.failures, workers, self._output.logs, self._go_on)
+        text = account(self.failures, workers, self.logs, self._go_on)
         if not self._quiet:
             self._output.screen.say(text, prefix="")
         return self.failures[0].status

@@ -7,17 +7,18 @@ import itertools
 import os
 import pty
 import re
+import selectors
 import shutil
 import sys
 import tempfile
 import termios
 import threading
-import time
 from typing import Any
 
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
-_decoder = codecs.getincrementaldecoder("utf-8")
+AS_IT_IS, NUMBERED, HIDDEN = "as it is", "numbered", "hidden"  # how a worker's lines are shown
 _KEPT = 400  # of a worker's last lines, for the account of its failure
+_LONGEST = 1 << 16  # characters of one line
 
 
 class Screen:
@@ -65,8 +66,8 @@ class Output:
 
     def open(self, index: int, first: bool) -> "WorkerOutput":
         """Where worker `index` writes; `first`: it is the first one here."""
-        shown = "as it is" if first else "not"
-        return WorkerOutput(self, index, "lines" if self.mode == "all" else shown)
+        how = AS_IT_IS if first else HIDDEN
+        return WorkerOutput(self, index, NUMBERED if self.mode == "all" else how)
 
     def open_log(self, index: int) -> int | None:
         """A file for a worker's output, or None."""
@@ -100,74 +101,50 @@ class Output:
 class WorkerOutput:
     """One worker's stdout and stderr, from its start to its end.
 
-    `stdout` and `stderr` are the descriptors it writes to; `start()` follows once it has them.
+    `stdout` and `stderr` are the descriptors it writes to: a terminal where its lines go to one
+    as they are, so that a progress bar is one that moves, else pipes. `start()` follows once it
+    has them.
     """
 
-    def __init__(self, output: Output, index: int, shown: str) -> None:
-        self.shown = shown != "not"
-        self._output, self._index, self._how = output, index, shown
+    def __init__(self, output: Output, index: int, how: str) -> None:
+        self.shown = how != HIDDEN
+        self._output, self._index, self._how = output, index, how
         self._log = output.open_log(index)
         self._last: collections.deque[str] = collections.deque(maxlen=_KEPT)
-        self._threads: list[threading.Thread] = []
+        self._thread: threading.Thread | None = None
         self._terminal: int | None = None
-        self._sources: list[tuple[int, Any]] = []
-        self._made: list[int] = []
-        self.stdout = self._make(sys.stdout)
-        self.stderr = self._make(sys.stderr)
-
-    def _make(self, target: Any) -> int:
-        """What the worker writes to: a terminal where its lines go to one as they are, so that
-        a progress bar is one that moves; else a pipe."""
-        if self._how != "as it is" or not _is_screen(target):
-            source, end = os.pipe()
-        elif self._terminal is not None:
-            return self._made[0]  # the same terminal for both: in the order of writing
-        else:
-            self._terminal = source = self._open_terminal()
-            end = self._made[-1]
-            self._sources.append((source, target))
-            return end
-        self._sources.append((source, target))
-        self._made.append(end)
-        return end
-
-    def _open_terminal(self) -> int:
-        master, end = pty.openpty()
-        settings = termios.tcgetattr(end)
-        settings[1] &= ~termios.OPOST  # the real one does that
-        settings[3] &= ~termios.ECHO
-        termios.tcsetattr(end, termios.TCSANOW, settings)
-        self._made.insert(0, end)
-        self._size(end)
-        return master
+        self._streams: dict[int, _Stream] = {}
+        ends: list[int] = []
+        for target in (sys.stdout, sys.stderr):
+            if how == AS_IT_IS and _is_screen(target):
+                if self._terminal is None:  # one for both, in the order of writing
+                    self._terminal, end = _open_terminal()
+                    self._streams[self._terminal] = _Stream(target)
+            else:
+                source, end = os.pipe()
+                self._streams[source] = _Stream(target)
+            ends.append(end)
+        self.stdout, self.stderr = ends
+        self.resize()
 
     def start(self) -> None:
         """Begins to read, once the worker has been started."""
-        for end in self._made:
+        for end in {self.stdout, self.stderr}:
             os.close(end)
-        for source, target in self._sources:
-            thread = threading.Thread(target=self._copy, args=(source, target), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def _size(self, descriptor: int) -> None:
-        with contextlib.suppress(OSError, termios.error):
-            size = os.get_terminal_size()
-            termios.tcsetwinsize(descriptor, (size.lines, size.columns))
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
 
     def resize(self) -> None:
         """Passes on the size of the screen."""
         if self._terminal is not None:
-            self._size(self._terminal)
+            with contextlib.suppress(OSError, termios.error):
+                size = os.get_terminal_size()
+                termios.tcsetwinsize(self._terminal, (size.lines, size.columns))
 
     def join(self, timeout: float) -> None:
         """Waits until all is read that the worker wrote."""
-        deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self._log is not None and not any(thread.is_alive() for thread in self._threads):
-            os.close(self._log)
-            self._log = None
+        if self._thread is not None:
+            self._thread.join(timeout)
 
     def last_lines(self, most: int = 15) -> list[str]:
         """The end of the last traceback or stack, or else of everything."""
@@ -180,30 +157,26 @@ class WorkerOutput:
                 return list(itertools.takewhile(bool, lines[i:]))[: most + 1]
         return lines[-most:]
 
-    def _copy(self, source: int, target: Any) -> None:
-        quiet, decoder = _Quiet(os.environ.get(LOG_LEVEL)), _decoder("replace")
-        line = ""
-        while True:
-            try:
-                data = os.read(source, 1 << 16)
-            except OSError:  # a terminal whose other end is closed
-                data = b""
-            self._write_log(data)
-            heard = quiet.heard(data, end=not data)
-            if self._how == "as it is":
-                self._output.screen.write(target, heard)
-            text = line + decoder.decode(heard, not data)
-            *lines, line = re.split(r"\r*\n|\r(?=.)", text)
-            lines += [line] if line and not data else []
-            self._last.extend(lines)
-            if self._how == "lines":
-                numbered = "".join(f"[worker {self._index}] {own.rstrip()}\n" for own in lines)
-                self._output.screen.write(target, numbered.encode(errors="replace"))
-            if not data:
-                break
-        os.close(source)
+    def _copy(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for source in self._streams:
+                selector.register(source, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    try:
+                        data = os.read(key.fd, 1 << 16)
+                    except OSError:  # a terminal whose other end is closed
+                        data = b""
+                    self._take(self._streams[key.fd], data)
+                    if not data:
+                        selector.unregister(key.fd)
+        self._terminal = None
+        for descriptor in (*self._streams, self._log):
+            if descriptor is not None:
+                os.close(descriptor)
 
-    def _write_log(self, data: bytes) -> None:
+    def _take(self, stream: "_Stream", data: bytes) -> None:
+        """Passes on what the worker wrote; nothing: the stream has ended."""
         if self._log is not None and data:
             try:
                 os.write(self._log, data)
@@ -211,6 +184,34 @@ class WorkerOutput:
                 self._output.warn(
                     f"worker {self._index}'s log has gaps, it cannot be written: {error}"
                 )
+        heard, lines = stream.take(data)
+        self._last.extend(lines)
+        if self._how == NUMBERED:
+            numbered = "".join(f"[worker {self._index}] {line.rstrip()}\n" for line in lines)
+            heard = numbered.encode(errors="replace")
+        if self._how != HIDDEN:
+            self._output.screen.write(stream.target, heard)
+
+
+class _Stream:
+    """A worker's stdout or stderr: what of it is heard, and its lines."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self._quiet = _Quiet(os.environ.get(LOG_LEVEL))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._line = ""
+
+    def take(self, data: bytes) -> tuple[bytes, list[str]]:
+        """Takes what was written, nothing at the end; returns what is not chatter, and the lines
+        that are complete. What a carriage return overwrites is a line too."""
+        heard = self._quiet.heard(data, end=not data)
+        text = self._line + self._decoder.decode(heard, not data)
+        *lines, self._line = re.split(r"\r*\n|\r(?=.)", text)
+        if self._line and (not data or len(self._line) > _LONGEST):
+            lines.append(self._line)
+            self._line = ""
+        return heard, lines
 
 
 class _Quiet:
@@ -259,6 +260,16 @@ class _Quiet:
     def _may_be_chatter(self, line: bytes) -> bool:
         texts = any(text.startswith(line) or line.startswith(text) for text in self._TEXTS)
         return texts or bool(re.fullmatch(rb"[IWE](\d{1,3}|\d{4}( .*)?)?", line, re.S))
+
+
+def _open_terminal() -> tuple[int, int]:
+    """Our end of a new terminal, and a worker's."""
+    own, end = pty.openpty()
+    settings = termios.tcgetattr(end)
+    settings[1] &= ~termios.OPOST  # the real one does that
+    settings[3] &= ~termios.ECHO
+    termios.tcsetattr(end, termios.TCSANOW, settings)
+    return own, end
 
 
 def _is_screen(target: Any) -> bool:
