@@ -74,6 +74,7 @@ def test_a_module(tmp_path):
         (["--workers", "2", "--grace", "0", __file__], "--grace must be above 0. Received: 0."),
         (["--workers", "2", "--preempt-signal", "USR9", __file__], "Received: 'USR9'"),
         (["--workers", "2", "--preempt-signal", "KILL", __file__], "can be caught"),
+        (["--elastic", "1:2", "--preempt-signal", "USR1", __file__], "such as USR2"),
         (["--workers", "2", "--output", "some", __file__], "invalid choice: 'some'"),
         (["--hosts", "::1:1,b:2", "--index", "0", __file__], "Received: '::1:1,b:2'"),
         (["--slurm", "--threads-per-worker", "2", __file__], "whoever starts the tasks"),
@@ -179,6 +180,22 @@ def test_deaf_workers_are_gone_within_the_grace(tmp_path, sig):
     assert launcher.returncode == 128 + sig
     assert f"interrupted by {sig.name}; ended all workers" in said
     assert "go on with: python" in said
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_workers_that_wait_to_begin_do_not_need_the_grace(tmp_path):
+    """TensorFlow hears no SIGTERM then, and there is nothing to save."""
+    script = write(tmp_path, PROGRESS + "progress.note(progress.JOINING)\n" + DEAF)
+    launcher = start("--workers", 2, script)
+    try:
+        pids = began(tmp_path)
+        begin = time.monotonic()
+        launcher.terminate()
+        launcher.communicate(timeout=20)
+        assert time.monotonic() - begin < 5
+    finally:
+        end(launcher)
+    assert launcher.returncode == 143
     assert not any(alive(pid) for pid in pids)
 
 

@@ -13,6 +13,7 @@ import time
 VARIABLE = "TFBM_STATUS_FILE"
 PREEMPT_VARIABLE = "TFBM_PREEMPT_SIGNAL"  # number of one that means the same as SIGTERM
 FAILED = "failed: "
+JOINING = "waits for the other workers to start"
 _WIDTH = 240  # bytes; of fixed length, so that a line is replaced as a whole
 
 

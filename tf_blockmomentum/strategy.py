@@ -178,7 +178,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
             from tf_blockmomentum import _keras
 
             _keras.set_heartbeat(float(heartbeat))
-        progress.note("waits for the other workers to start")
+        progress.note(progress.JOINING)
         try:
             super().__init__(
                 cluster_resolver=cluster_resolver, communication_options=communication_options

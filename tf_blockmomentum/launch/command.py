@@ -237,6 +237,11 @@ def _check_numbers(parser: argparse.ArgumentParser, options: argparse.Namespace)
             )
         if options.preempt_signal in (signal.SIGKILL, signal.SIGSTOP):
             parser.error(f"--preempt-signal must be one that can be caught. Received: {name}.")
+        if options.elastic and options.preempt_signal == signal.SIGUSR1:
+            parser.error(
+                "--preempt-signal USR1 and --elastic exclude each other: with --elastic, SIGUSR1 "
+                "asks for more workers. Take another signal, such as USR2."
+            )
 
 
 def _check_ways(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:

@@ -98,7 +98,8 @@ def account(failures: list[Failure], workers: int, logs: list[str], command: str
     if first.last_lines:
         lines[3:3] = ["  its last lines:", *indented(first.last_lines)]
     rule = "-" * 72
-    return "\n".join([rule, "The job has failed. What failed first:", *lines, rule])
+    what = "was preempted. What ended" if first.status == PREEMPTED else "has failed. What failed"
+    return "\n".join([rule, f"The job {what} first:", *lines, rule])
 
 
 def indented(lines: list[str]) -> list[str]:

@@ -192,9 +192,11 @@ class Job:
         # The last moments are for the kernel and for what the workers wrote.
         deadline = time.monotonic() + grace - min(1.0, grace / 4)
         processes = self._processes.values()
-        for process in processes:
+        for index, process in self._processes.items():
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                # While it joins the others it has nothing to save, and TensorFlow hears nothing.
+                joining = progress.read(self._status(index))[1] == progress.JOINING
+                process.send_signal(signal.SIGKILL if joining else signal.SIGTERM)
                 process.send_signal(signal.SIGCONT)  # one that is stopped has to wake for it
         while time.monotonic() < deadline and not at_once():
             if all(process.poll() is not None for process in processes):

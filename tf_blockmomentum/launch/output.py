@@ -27,6 +27,7 @@ class Screen:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_line = False  # a progress bar's, perhaps
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, target: Any, text: bytes) -> None:
         """Writes as it is; what cannot be written (a closed pipe, a terminal that is gone) is
@@ -39,7 +40,7 @@ class Screen:
                 target.flush()
                 target.buffer.write(text)
             else:  # a notebook's
-                target.write(text.decode(errors="replace"))
+                target.write(self._decoder.decode(text))
             target.flush()
 
     def say(self, text: str, prefix: str = "tfbm-launch: ") -> None:
