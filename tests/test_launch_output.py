@@ -138,6 +138,7 @@ def deep():
     raise ValueError("three apples")
 if index:
     print("worker 1 began")
+    print("a bar", end="", flush=True)  # on a line that is never ended
     time.sleep(0.1)
     deep()
 raise UnavailableError("the others are gone")
@@ -164,6 +165,7 @@ def test_the_end_of_a_failed_job_is_its_reason(tmp_path):
     assert re.search(
         r"\| Traceback .*\n(    \|.*\n)*.* in deep\n(    \|.*\n)*    \| ValueError: three", block
     )
+    assert "a bar" not in block
     assert "then    worker 0 failed with exit status 1 (UnavailableError: the others" in block
     typed = f"--workers 2 --output first --max-restarts 1 {script} --x 'a b'\n"
     assert re.search(r"go on   python\S* -m tf_blockmomentum.launch " + re.escape(typed), block)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import termios
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
@@ -149,14 +150,11 @@ class WorkerOutput:
 
     def last_lines(self, most: int = 15) -> list[str]:
         """The end of the last traceback or stack, or else of everything."""
-        lines = [re.sub(r"\x08|\x1b\[[\d;]*m", "", line).rstrip() for line in self._last]
-        for i in range(len(lines) - 1, -1, -1):
-            if lines[i].startswith("Traceback (most recent call last)"):
-                rest = lines[i + 1 :]
-                return [lines[i], *(["  ..."] if len(rest) > most else []), *rest[-most:]]
-            if re.match(r"Current thread .*most recent call first", lines[i]):  # faulthandler's
-                return list(itertools.takewhile(bool, lines[i:]))[: most + 1]
-        return lines[-most:]
+        for stream in reversed(self._streams.values()):  # stderr first
+            found = _last_traceback(_plain(stream.last), most)
+            if found:
+                return found
+        return _plain(self._last)[-most:]
 
     def _copy(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -202,6 +200,7 @@ class _Stream:
         self._quiet = _Quiet(os.environ.get(LOG_LEVEL))
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._line = ""
+        self.last: collections.deque[str] = collections.deque(maxlen=_KEPT)
 
     def take(self, data: bytes) -> tuple[bytes, list[str]]:
         """Takes what was written, nothing at the end; returns what is not chatter, and the lines
@@ -212,7 +211,24 @@ class _Stream:
         if self._line and (not data or len(self._line) > _LONGEST):
             lines.append(self._line)
             self._line = ""
+        self.last.extend(lines)
         return heard, lines
+
+
+def _plain(lines: Iterable[str]) -> list[str]:
+    """Without colours and backspaces."""
+    return [re.sub(r"\x08|\x1b\[[\d;]*m", "", line).rstrip() for line in lines]
+
+
+def _last_traceback(lines: list[str], most: int) -> list[str]:
+    """The end of the last traceback, or the beginning of a stack of faulthandler's, if any."""
+    for i in range(len(lines) - 1, -1, -1):
+        if lines[i].startswith("Traceback (most recent call last)"):
+            rest = lines[i + 1 :]
+            return [lines[i], *(["  ..."] if len(rest) > most else []), *rest[-most:]]
+        if re.match(r"Current thread .*most recent call first", lines[i]):
+            return list(itertools.takewhile(bool, lines[i:]))[: most + 1]
+    return []
 
 
 class _Quiet:
