@@ -1,5 +1,16 @@
 # `make demo` and `make test` are all a newcomer needs; both make their own environment.
-PYTHON ?= python3.11
+# The newest Python that TensorFlow has wheels for and that can make environments (Debian has that in
+# a package of its own); `make demo PYTHON=...` takes another.
+ifndef PYTHON
+PYTHON := $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	2>/dev/null && echo $$python && break; done)
+endif
+define SAY_PYTHON
+@test -n "$(PYTHON)" || { echo "There is no Python from 3.11 to 3.13 here, with venv (looked for:" \
+	"python3.13, python3.12, python3.11, python3). Install one, or name it: make PYTHON=..."; exit 1; }
+@echo "Python: $(PYTHON), $$($(PYTHON) --version)"
+endef
 VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
@@ -42,6 +53,7 @@ bench-quick: bench
 
 # What benchmarks/peers compare with, in an environment of their own (PyTorch: gigabytes).
 bench-peers:
+	$(SAY_PYTHON)
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r benchmarks/peers/requirements.txt
@@ -60,6 +72,7 @@ format: $(VENV)/installed-all
 	$(BIN)/ruff check --fix .
 
 $(VENV)/bin/python:
+	$(SAY_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed-%: $(VENV)/bin/python setup.py
@@ -67,6 +80,7 @@ $(VENV)/installed-%: $(VENV)/bin/python setup.py
 	touch $@
 
 .venv-oldest/installed: setup.py
+	$(SAY_PYTHON)
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -e ".[all]" \
 		"tensorflow==2.20.*" "keras==3.12.*"

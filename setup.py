@@ -24,6 +24,8 @@ DEV = [
     "pytest>=9.0",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",  # tracing is one thread's work; two cores halve the wait
+    "nbclient>=0.10",  # runs examples/notebook.ipynb as a notebook server would
+    "ipykernel>=6.29",  # the kernel it runs in
 ]
 
 setup(
@@ -38,7 +40,12 @@ setup(
     packages=find_packages(include=["tf_blockmomentum", "tf_blockmomentum.*"]),
     # The oldest versions are those the tests pass on (make test-oldest). Keras 4 may move
     # the private methods that _private stands on.
-    install_requires=["tensorflow>=2.20", "keras>=3.12,<4", "numpy"],
+    install_requires=[
+        "tensorflow>=2.20",
+        "keras>=3.12,<4",
+        "numpy",
+        "cloudpickle>=3.0",  # tfbm.spawn: functions that a notebook's cell defines
+    ],
     extras_require={
         "examples": EXAMPLES,
         "tuner": TUNER,

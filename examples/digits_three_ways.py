@@ -45,7 +45,9 @@ def main():
     print(f"Preparing {options.dataset} ...", flush=True)
     digits.prepare(options.dataset)
     print(f"Starting {options.workers} workers ...", flush=True)
-    status = launch.main(["--workers", str(options.workers), __file__, *sys.argv[1:]])
+    # On the cores: a small CNN, and there may be fewer GPUs than workers.
+    where = ["--workers", str(options.workers), "--gpus-per-worker", "0"]
+    status = launch.main([*where, __file__, *sys.argv[1:]])
     if status == 0:
         report(json.loads(results_file(options).read_text()), options)
     return status

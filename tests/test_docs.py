@@ -5,6 +5,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import tf_blockmomentum as tfbm
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(tfbm.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name != "launch")
+MODULES.append("launch.spawn")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -27,7 +29,7 @@ def test_docstrings(name):
     names = {"keras": keras, "np": np, "tf": tf, "tfbm": tfbm}
     result = doctest.testmod(module, extraglobs=names)
     assert result.failed == 0
-    if name in ("callback", "loop", "optimizer", "strategy"):
+    if name in ("callback", "launch.spawn", "loop", "optimizer", "strategy"):
         assert result.attempted > 0
 
 
@@ -83,6 +85,32 @@ def test_commands_in_the_docs_exist():
             assert (ROOT / path).exists(), (page.name, path)
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
             assert (page.parent / link).exists(), (page.name, link)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"python3.12": (3, 12), "python3.11": (3, 11), "python3": (3, 11)}, "Python: python3.12"),
+        ({"python3.13": None, "python3.11": (3, 11)}, "Python: python3.11"),  # without venv
+        ({"python3": (3, 13)}, "Python: python3"),
+        ({"python3": (3, 14)}, "There is no Python from 3.11 to 3.13 here"),
+    ],
+)
+def test_the_makefile_finds_a_python(tmp_path, found, said):
+    """Other versions are this one, which says that it is another."""
+    for name, version in found.items():
+        fake = tmp_path / name
+        code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+        body = f'exec {sys.executable} -c "{code}" "$2"' if version else "exit 1"
+        fake.write_text(f"#!/bin/sh\n{body}\n")
+        fake.chmod(0o755)
+    for tool in ("make", "sh", "test"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    done = subprocess.run(
+        ["make", "-f", ROOT / "Makefile", ".venv/bin/python"], cwd=tmp_path,
+        env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert said in done.stdout, done.stdout + done.stderr
 
 
 def test_private_api_is_fenced():

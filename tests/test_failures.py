@@ -258,8 +258,9 @@ def test_signals_end_everything(tmp_path, number):
         "print('ready', flush=True)\n"
         "time.sleep(100)\n"
     )
-    process = start(script, options=["--workers", 3])
+    process = start(script, options=["--workers", 3, "--grace", 3])
     try:
+        assert "3 workers on" in process.stdout.readline()
         for _ in range(3):
             assert "ready" in process.stdout.readline()
         began = time.monotonic()
@@ -312,6 +313,7 @@ def test_more_workers_when_asked(tmp_path):
         "time.sleep(0 if count == 3 else 60)\n"
     )
     process = start(script, options=["--elastic", "1:3", "--workers", 2])
+    assert "2 workers on" in process.stdout.readline()
     for _ in range(2):
         assert "one of 2" in process.stdout.readline()
     process.send_signal(signal.SIGUSR1)
@@ -335,7 +337,7 @@ def test_the_cause_comes_first(tmp_path):
     )
     process = start(script, options=["--workers", 2])
     printed = process.communicate(timeout=30)[0]
-    said = [line for line in printed.splitlines() if line.startswith("tfbm-launch")]
+    said = [line for line in printed.splitlines() if line.startswith("tfbm-launch: worker")]
     assert said[0] == "tfbm-launch: worker 1 failed with exit status 1 (KeyError: 'the cause')"
     assert said[1].endswith("(UnavailableError: Collective ops is aborted by: x)")
 
@@ -369,7 +371,7 @@ def test_one_worker_of_several_machines(tmp_path, monkeypatch, capfd, options, o
     for name, value in outside.items():
         monkeypatch.setenv(name, value)
     assert launch.main([*options, "--heartbeat", "3", str(script)]) == 0
-    printed = capfd.readouterr().out.strip()
+    printed = capfd.readouterr().out.strip()  # not a terminal's: numbered
     assert printed.startswith(f"[worker {expected['task']['index']}] ")
     config, heartbeat = printed.partition("] ")[2].rsplit(" ", 1)
     assert json.loads(config) == expected

@@ -6,10 +6,12 @@ import sys as _sys
 
 __version__ = "0.1.0"
 
-# The launcher only starts processes and need not wait seconds for TensorFlow.
-if "tf_blockmomentum.launch" in _sys.orig_argv or (
-    _os.path.basename(_sys.argv[0] if _sys.argv else "") == "tfbm-launch"
-):
+# The launcher only starts processes and need not wait seconds for TensorFlow. While Python looks
+# for the module of -m, it stands where the script's name will.
+_program = _sys.argv[0] if _sys.argv else ""
+if _program == "-m":
+    _program = _sys.orig_argv[-len(_sys.argv)].removeprefix("-m")
+if _os.path.basename(_program) in ("tf_blockmomentum.launch", "tfbm-launch"):
     __all__ = []
 else:
     try:
@@ -31,6 +33,7 @@ else:
     from tf_blockmomentum import schedules
     from tf_blockmomentum.backup import BlockBackup
     from tf_blockmomentum.callback import BlockTraining, ChiefOnly
+    from tf_blockmomentum.launch.spawn import spawn
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum
     from tf_blockmomentum.outer import SlowMo
@@ -48,6 +51,7 @@ else:
         "MultiWorkerBlockStrategy",
         "SlowMo",
         "schedules",
+        "spawn",
     ]
 
 

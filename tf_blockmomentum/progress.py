@@ -3,13 +3,17 @@
 The launcher names the file in the environment. Without a launcher nothing is written.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
 
 VARIABLE = "TFBM_STATUS_FILE"
+PREEMPT_VARIABLE = "TFBM_PREEMPT_SIGNAL"  # number of one that means the same as SIGTERM
 FAILED = "failed: "
+JOINING = "waits for the other workers to start"
 _WIDTH = 240  # bytes; of fixed length, so that a line is replaced as a whole
 
 
@@ -23,7 +27,8 @@ class _Reporter:
     def note(self, text):
         self._count += 1
         line = " ".join(f"{self._count} {text}".split()).encode()[: _WIDTH - 1]
-        os.pwrite(self._descriptor, line.ljust(_WIDTH - 1) + b"\n", 0)
+        with contextlib.suppress(OSError):  # a full disk ends no training
+            os.pwrite(self._descriptor, line.ljust(_WIDTH - 1) + b"\n", 0)
 
 
 _reporter: _Reporter | None = None
@@ -32,6 +37,9 @@ _reporter: _Reporter | None = None
 def install():
     """Starts reporting, if a launcher asks for it."""
     global _reporter
+    number = os.environ.get(PREEMPT_VARIABLE)
+    if number and threading.current_thread() is threading.main_thread():
+        signal.signal(int(number), lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     path = os.environ.pop(VARIABLE, None)  # not for processes that this one starts
     if path and _reporter is None:
         _reporter = _Reporter(path)
@@ -44,6 +52,14 @@ def _end_with(parent):
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
+
+
+def keep_signal_handler():
+    """TensorFlow's cluster puts a handler of its own in the place of SIGTERM's, which ends
+    nothing: neither the process nor, where a script has one, would its handler run."""
+    handler = signal.getsignal(signal.SIGTERM)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def note(text):

@@ -249,7 +249,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
         heartbeat = os.environ.get("TFBM_HEARTBEAT")
         if heartbeat:
             set_heartbeat(float(heartbeat))  # the cluster starts with the lines below
-        progress.note("waits for the other workers to start")
+        progress.note(progress.JOINING)
         try:
             super().__init__(
                 cluster_resolver=cluster_resolver, communication_options=communication_options
@@ -263,6 +263,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
                 "a dataset or a model). Move the strategy's line to the top of the script, "
                 "right after the imports."
             ) from error
+        progress.keep_signal_handler()
         broadcast_initial_values_of_any_dtype(self)
         cluster = self.cluster_resolver.cluster_spec().as_dict()
         addresses = [*cluster.get("chief", []), *cluster.get("worker", [])]

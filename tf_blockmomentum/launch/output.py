@@ -1,0 +1,297 @@
+"""Where the workers' lines go: to the screen, to files, and to the account of a failure."""
+
+import codecs
+import collections
+import contextlib
+import itertools
+import os
+import pty
+import re
+import selectors
+import shutil
+import sys
+import tempfile
+import termios
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+AS_IT_IS, NUMBERED, HIDDEN = "as it is", "numbered", "hidden"  # how a worker's lines are shown
+_KEPT = 400  # of a worker's last lines, for the account of its failure
+_LONGEST = 1 << 16  # characters of one line
+
+
+class Screen:
+    """The launcher's own stdout and stderr, which several threads write to."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._in_line = False  # a progress bar's, perhaps
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def write(self, target: Any, text: bytes) -> None:
+        """Writes as it is; what cannot be written (a closed pipe, a terminal that is gone) is
+        dropped, and ends nothing."""
+        if not text:
+            return
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            self._in_line = not text.endswith(b"\n")
+            if hasattr(target, "buffer"):
+                target.flush()
+                target.buffer.write(text)
+            else:  # a notebook's
+                target.write(self._decoder.decode(text))
+            target.flush()
+
+    def say(self, text: str, prefix: str = "tfbm-launch: ") -> None:
+        """A line of the launcher's own."""
+        start = "\n" if self._in_line else ""
+        self.write(sys.stderr, f"{start}{prefix}{text}\n".encode(errors="replace"))
+
+
+class Output:
+    """What becomes of the output of a job's workers, over all its starts.
+
+    Args:
+        mode: "first": the first worker's on the screen, as it writes it; "all": everybody's
+            lines, with their worker's number.
+        log_dir: directory for `worker-I.log`; None: with "first" a temporary one, which is
+            removed unless the job fails; with "all" none.
+    """
+
+    def __init__(self, mode: str = "first", log_dir: str | None = None) -> None:
+        self.mode, self.screen = mode, Screen()
+        self._given, self._directory = log_dir, log_dir
+        self._warned: set[str] = set()
+        self.logs: list[str] = []
+
+    def open(self, index: int, first: bool) -> "WorkerOutput":
+        """Where worker `index` writes; `first`: it is the first one here."""
+        how = AS_IT_IS if first else HIDDEN
+        return WorkerOutput(self, index, NUMBERED if self.mode == "all" else how)
+
+    def open_log(self, index: int) -> int | None:
+        """A file for a worker's output, or None."""
+        try:
+            if self._directory is None and self.mode == "first":
+                self._directory = tempfile.mkdtemp(prefix="tfbm-launch-")
+            if self._directory is None:
+                return None
+            os.makedirs(self._directory, exist_ok=True)
+            path = os.path.join(self._directory, f"worker-{index}.log")
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            self.warn(f"there will be no log of worker {index}: {error}")
+            return None
+        if path not in self.logs:
+            self.logs.append(path)
+        return file
+
+    def warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            self.screen.say(f"warning: {text}")
+
+    def close(self, keep: bool) -> None:
+        """Removes temporary files unless they are needed."""
+        if self._given is None and self._directory is not None and not keep:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory, self.logs = None, []
+
+
+class WorkerOutput:
+    """One worker's stdout and stderr, from its start to its end.
+
+    `stdout` and `stderr` are the descriptors it writes to: a terminal where its lines go to one
+    as they are, so that a progress bar is one that moves, else pipes. `start()` follows once it
+    has them.
+    """
+
+    def __init__(self, output: Output, index: int, how: str) -> None:
+        self.shown = how != HIDDEN
+        self._output, self._index, self._how = output, index, how
+        self._log = output.open_log(index)
+        self._last: collections.deque[str] = collections.deque(maxlen=_KEPT)
+        self._thread: threading.Thread | None = None
+        self._terminal: int | None = None
+        self._streams: dict[int, _Stream] = {}
+        ends: list[int] = []
+        for target in (sys.stdout, sys.stderr):
+            if how == AS_IT_IS and _is_screen(target):
+                if self._terminal is None:  # one for both, in the order of writing
+                    self._terminal, end = _open_terminal()
+                    self._streams[self._terminal] = _Stream(target)
+            else:
+                source, end = os.pipe()
+                self._streams[source] = _Stream(target)
+            ends.append(end)
+        self.stdout, self.stderr = ends
+        self.resize()
+
+    def start(self) -> None:
+        """Begins to read, once the worker has been started."""
+        for end in {self.stdout, self.stderr}:
+            os.close(end)
+        self._thread = threading.Thread(target=self._copy, daemon=True)
+        self._thread.start()
+
+    def resize(self) -> None:
+        """Passes on the size of the screen."""
+        if self._terminal is not None:
+            with contextlib.suppress(OSError, termios.error):
+                size = os.get_terminal_size()
+                termios.tcsetwinsize(self._terminal, (size.lines, size.columns))
+
+    def join(self, timeout: float) -> None:
+        """Waits until all is read that the worker wrote."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+
+    def last_lines(self, most: int = 15) -> list[str]:
+        """The end of the last traceback or stack, or else of everything."""
+        for stream in reversed(self._streams.values()):  # stderr first
+            found = _last_traceback(_plain(stream.last), most)
+            if found:
+                return found
+        return _plain(self._last)[-most:]
+
+    def _copy(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for source in self._streams:
+                selector.register(source, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    try:
+                        data = os.read(key.fd, 1 << 16)
+                    except OSError:  # a terminal whose other end is closed
+                        data = b""
+                    self._take(self._streams[key.fd], data)
+                    if not data:
+                        selector.unregister(key.fd)
+        self._terminal = None
+        for descriptor in (*self._streams, self._log):
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def _take(self, stream: "_Stream", data: bytes) -> None:
+        """Passes on what the worker wrote; nothing: the stream has ended."""
+        if self._log is not None and data:
+            try:
+                os.write(self._log, data)
+            except OSError as error:  # full, or gone
+                self._output.warn(
+                    f"worker {self._index}'s log has gaps, it cannot be written: {error}"
+                )
+        heard, lines = stream.take(data)
+        self._last.extend(lines)
+        if self._how == NUMBERED:
+            numbered = "".join(f"[worker {self._index}] {line.rstrip()}\n" for line in lines)
+            heard = numbered.encode(errors="replace")
+        if self._how != HIDDEN:
+            self._output.screen.write(stream.target, heard)
+
+
+class _Stream:
+    """A worker's stdout or stderr: what of it is heard, and its lines."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+        self._quiet = _Quiet(os.environ.get(LOG_LEVEL))
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._line = ""
+        self.last: collections.deque[str] = collections.deque(maxlen=_KEPT)
+
+    def take(self, data: bytes) -> tuple[bytes, list[str]]:
+        """Takes what was written, nothing at the end; returns what is not chatter, and the lines
+        that are complete. What a carriage return overwrites is a line too."""
+        heard = self._quiet.heard(data, end=not data)
+        text = self._line + self._decoder.decode(heard, not data)
+        *lines, self._line = re.split(r"\r*\n|\r(?=.)", text)
+        if self._line and (not data or len(self._line) > _LONGEST):
+            lines.append(self._line)
+            self._line = ""
+        self.last.extend(lines)
+        return heard, lines
+
+
+def _plain(lines: Iterable[str]) -> list[str]:
+    """Without colours and backspaces."""
+    return [re.sub(r"\x08|\x1b\[[\d;]*m", "", line).rstrip() for line in lines]
+
+
+def _last_traceback(lines: list[str], most: int) -> list[str]:
+    """The end of the last traceback, or the beginning of a stack of faulthandler's, if any."""
+    for i in range(len(lines) - 1, -1, -1):
+        if lines[i].startswith("Traceback (most recent call last)"):
+            rest = lines[i + 1 :]
+            return [lines[i], *(["  ..."] if len(rest) > most else []), *rest[-most:]]
+        if re.match(r"Current thread .*most recent call first", lines[i]):
+            return list(itertools.takewhile(bool, lines[i:]))[: most + 1]
+    return []
+
+
+class _Quiet:
+    """Leaves out what TensorFlow writes before it reads `TF_CPP_MIN_LOG_LEVEL`, by its rules.
+
+    In TensorFlow 2.21 every process writes some lines however the variable is set, such as
+    "I0000 00:00:1795675668.196982 24185 cudart_stub.cc:31] Could not find cuda drivers".
+    """
+
+    _TEXTS = (
+        b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+        b"To enable the following instructions: ",
+    )
+
+    def __init__(self, level: str | None) -> None:
+        number = int(level) if level and level.isdigit() else 2 if level is None else 0
+        self._severities = b"IWE"[: max(0, number)]
+        self._held, self._in_line = b"", False
+
+    def heard(self, data: bytes, end: bool = False) -> bytes:
+        """What is left of `data`; the beginning of a line that may be chatter is held back."""
+        if not self._severities:
+            return data
+        left = []
+        for line in (self._held + data).splitlines(keepends=True):
+            if self._in_line:
+                left.append(line)
+            elif not line.endswith(b"\n") and not end and self._may_be_chatter(line):
+                self._held = line
+                return b"".join(left)
+            elif not self._is_chatter(line):
+                left.append(line)
+            self._in_line = not line.endswith((b"\n", b"\r"))
+        self._held = b""
+        return b"".join(left)
+
+    def _is_chatter(self, line: bytes) -> bool:
+        if line.startswith(self._TEXTS):
+            return True
+        found = re.match(rb"([IWEF])\d{4} \d\d:\d\d:[\d.]+ +\d+ (\S+:\d+)\]", line)
+        if not found:
+            return False
+        # That there is no GPU is no error.
+        return found[1] in self._severities or found[2].startswith(b"cuda_platform")
+
+    def _may_be_chatter(self, line: bytes) -> bool:
+        texts = any(text.startswith(line) or line.startswith(text) for text in self._TEXTS)
+        return texts or bool(re.fullmatch(rb"[IWE](\d{1,3}|\d{4}( .*)?)?", line, re.S))
+
+
+def _open_terminal() -> tuple[int, int]:
+    """Our end of a new terminal, and a worker's."""
+    own, end = pty.openpty()
+    settings = termios.tcgetattr(end)
+    settings[1] &= ~termios.OPOST  # the real one does that
+    settings[3] &= ~termios.ECHO
+    termios.tcsetattr(end, termios.TCSANOW, settings)
+    return own, end
+
+
+def _is_screen(target: Any) -> bool:
+    """Whether carriage returns move on it: a terminal, or a notebook's output."""
+    with contextlib.suppress(AttributeError, ValueError):
+        if target.isatty():
+            return True
+    return type(target).__module__.startswith("ipykernel")
