@@ -27,6 +27,7 @@ from tf_blockmomentum.callback import (
     keep_seeds,
     replica_ids,
 )
+from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.pieces import (
     Damaged,
     Piece,
@@ -490,7 +491,9 @@ class BlockBackup(keras.callbacks.Callback):
 def _variables(model, loop):
     """All state of a training: the model's, the optimizer's, the metrics', the loop's."""
     metrics = [v for metric in model.metrics for v in metric.variables]
-    found = [*model.variables, *model.optimizer.variables, *metrics, *loop.variables]
+    optimizers = [model.optimizer, *_keras.optimizers_of(model, find)]  # a GAN has several
+    states = [v for optimizer in optimizers if optimizer for v in optimizer.variables]
+    found = [*model.variables, *states, *metrics, *loop.variables]
     return list({id(v): v for v in found}.values())
 
 
