@@ -253,7 +253,8 @@ class BlockLoop:
             self._position = 0
             self.ending.drop()
             built = [w for w, o in zip(self._wrappers, self.optimizers, strict=True) if o.built]
-            start_alike(self._strategy, built, list(variables()), data)
+            others = [*variables(), *self.ending.rules.changed]
+            start_alike(self._strategy, built, others, data)
             self._epoch_begins = False
 
         self._begun = begun

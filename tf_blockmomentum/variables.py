@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private.tensorflow import assigned_in
 
 MOMENTUM, MEAN, SUM, FIRST = "momentum", "mean", "sum", "first"
 MAXIMUM, MINIMUM = "maximum", "minimum"
@@ -57,14 +58,33 @@ class Rules:
         self._assigned: dict[int, tuple[Any, str]] = {id(v): (v, MEAN) for v in averaged}
         self._held = set(self._assigned)  # of them, those that an update alone does not decide
         self._starts: dict[int, Any] = {}
+        self._seen: set[int] = set()  # TensorFlow's variables of those Keras variables
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Around a local step, traced or run: notes what it assigns."""
         with _keras.assignments_told_to(self._note):
             yield
+        if not tf.executing_eagerly():
+            self._note_plain_variables()
+
+    def _note_plain_variables(self) -> None:
+        """Those of TensorFlow's that are no Keras variable's, such as `tf.Variable(...)` of the
+        user's own, which Keras does not know."""
+        optimizers = [o for o in self._wrappers if o.built]
+        own = [v for o in optimizers for v in o.variables]
+        own += [v for o in self._optimizers if o.built for v in o.built_variables]
+        known = self._seen | {id(v.value) for v in own}
+        for variable, operation in assigned_in(tf.compat.v1.get_default_graph()):
+            if id(variable) in known or id(variable) in self._assigned:
+                continue
+            floating, source = variable.dtype.is_floating, operation.inputs[-1]
+            adds = operation.type in ("AssignAddVariableOp", "AssignSubVariableOp")
+            linear = adds or _from_variables(source.op, variable.shape)
+            self._assigned[id(variable)] = variable, MEAN if floating and linear else FIRST
 
     def _note(self, variable: Any, value: Any) -> None:
+        self._seen.add(id(variable.value))
         if id(variable) in self._assigned or any(o.updating for o in self._optimizers):
             return
         own = {id(v) for optimizer in self._wrappers for v in optimizer.variables}
@@ -103,6 +123,12 @@ class Rules:
     def _hold(self, variable: Any, rule: str) -> None:
         self._assigned.setdefault(id(variable), (variable, rule))
         self._held.add(id(variable))
+
+    @property
+    def changed(self) -> list[Any]:
+        """All variables with a rule besides `MOMENTUM`. Some are in no model: a recurrent layer's
+        state, variables of TensorFlow's."""
+        return [v for v, _ in self._assigned.values()]
 
     @property
     def starts(self) -> list[tf.Variable]:

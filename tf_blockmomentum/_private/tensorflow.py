@@ -74,6 +74,21 @@ def wire_dtype(dtype: Any) -> tf.DType:
     return tf.int64 if dtype in (tf.uint32, tf.uint64) else tf.int32
 
 
+def assigned_in(graph: Any) -> list[tuple[Any, Any]]:
+    """The variables of several replicas that a function's graph assigns (not those within its
+    loops and branches), each with the operation. Only the graph knows which handles it has, and
+    only a handle which variable is behind it."""
+    handles = {id(inside): outside for outside, inside in graph.captures}
+    found = []
+    for operation in graph.get_operations():
+        if "Assign" in operation.type or "ResourceScatter" in operation.type:
+            handle = handles.get(id(operation.inputs[0]))
+            container = getattr(handle, "_distributed_container", lambda: None)()
+            if container is not None:
+                found.append((container, operation))
+    return found
+
+
 # What workers tell each other outside collectives: the coordination service, which the strategy
 # starts, keeps keys and values for all. TensorFlow has no public function for it.
 

@@ -71,7 +71,7 @@ class Boundary:
     @property
     def variables(self) -> list[Any]:
         """Its state."""
-        return [*self.of_this_block, *self._rules.starts]
+        return [*self.of_this_block, *self._rules.starts, *self._rules.changed]
 
     @property
     def of_this_block(self) -> list[Any]:
