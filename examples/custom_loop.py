@@ -37,15 +37,16 @@ def main():
         model = keras.Sequential([keras.Input([FEATURES]), keras.layers.Dense(1)])
         optimizer = tfbm.BlockMomentum(keras.optimizers.SGD(0.01), sync_period=8)
         optimizer.build(model.trainable_variables)
-    mean_squared_error = keras.losses.MeanSquaredError()  # scales a replica's loss by 1/P
+    mean_squared_error = keras.losses.MeanSquaredError()
 
     def step(batch):
+        """What one device would do: nothing is divided by the number of replicas."""
         x, y = batch
         with tf.GradientTape() as tape:
             loss = mean_squared_error(y, model(x, training=True))
         gradients = tape.gradient(loss, model.trainable_weights)
         optimizer.apply(gradients, model.trainable_weights)
-        return loss * strategy.num_replicas_in_sync
+        return loss
 
     loop = tfbm.BlockLoop(step, optimizer, strategy)
     iterator = iter(strategy.distribute_datasets_from_function(make_data))

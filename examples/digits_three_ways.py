@@ -10,6 +10,7 @@ momentum there. Ends with a table and writes the curves to `runs/digits_three_wa
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -92,7 +93,8 @@ def train(options):
                 optimizer,
                 keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics=["accuracy"],
-                steps_per_execution=settings["sync_period"],
+                # One that divides the epoch: Keras makes executions whole.
+                steps_per_execution=math.gcd(steps, settings["sync_period"]),
             )
         curve = Curve(name, dataset("train", training=False), steps * options.batch * replicas)
         model.fit(
@@ -114,7 +116,7 @@ def train(options):
                 "bytes": optimizer.blocks * size * 2 * (replicas - 1) / replicas,
             }
         )
-    if strategy.cluster_resolver.task_id == 0:
+    if strategy.extended.should_checkpoint:  # the chief's, or the first worker's
         results_file(options).write_text(json.dumps(results))
 
 
@@ -154,7 +156,7 @@ class Curve(keras.callbacks.Callback):
         self.samples.append((epoch + 1) * self.per_epoch)
         self.loss.append(loss)
         self.accuracy.append(logs["val_accuracy"])
-        if self.model.distribute_strategy.cluster_resolver.task_id == 0:
+        if self.model.distribute_strategy.extended.should_checkpoint:
             print(
                 f"{self.name:16}  epoch {epoch + 1:3} of {self.params['epochs']}  "
                 f"training loss {loss:.4f}  test accuracy {logs['val_accuracy']:.4f}",

@@ -49,7 +49,7 @@ def parse():
 def main():
     options = parse()
     strategy = tfbm.MultiWorkerBlockStrategy()
-    chief = not strategy.cluster_resolver.task_id
+    chief = strategy.extended.should_checkpoint
     keras.utils.set_random_seed(1)
     options.directory.mkdir(parents=True, exist_ok=True)
     training, held_out = read(options.modules)
