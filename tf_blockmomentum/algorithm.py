@@ -7,9 +7,10 @@ from keras import ops
 
 from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.settings import Settings
 
 
-class Blocks:
+class Blocks(Settings):
     """The part of `BlockMomentum` that starts and ends blocks, called by `BlockLoop`.
 
     All of it is about the variables with block momentum: those of the optimizer's through which
@@ -17,10 +18,6 @@ class Blocks:
     """
 
     # Made by BlockMomentum.
-    block_momentum: Any
-    block_learning_rate: Any
-    nesterov: Any
-    sync_period: Any
     inner_optimizer: Any
     outer_optimizer: Any
     inner_state: str

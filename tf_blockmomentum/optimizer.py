@@ -12,10 +12,10 @@ from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.algorithm import Blocks
 from tf_blockmomentum.outer import A_MOMENTUM, SlowMo
+from tf_blockmomentum.settings import A_RATE
 from tf_blockmomentum.strategy import BlockStrategy, check_number
 
 _NO_STRATEGY = tf.distribute.get_strategy()
-_A_RATE = "a number of at least 0"
 
 
 class NotBuilt(Exception):
@@ -180,7 +180,7 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
         beta = 0.5 if block_momentum is None else block_momentum
         zeta = 1.0 if block_learning_rate is None else block_learning_rate
         check_number("block_momentum", beta, numbers.Real, A_MOMENTUM, 0, 1)
-        check_number("block_learning_rate", zeta, numbers.Real, _A_RATE, 0)
+        check_number("block_learning_rate", zeta, numbers.Real, A_RATE, 0)
         self._settings: dict[str, Any] = {
             "momentum": float(beta),
             "zeta": float(zeta),
@@ -189,81 +189,6 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
         return keras.optimizers.SGD(
             learning_rate=float(zeta), momentum=float(beta), nesterov=bool(nesterov), name="outer"
         )
-
-    # What may be set later, by a callback on every worker: what is compiled then is made anew.
-
-    @property
-    def block_momentum(self):
-        """beta; None with an `outer_optimizer`. Can be set, on all workers alike."""
-        return self._settings["momentum"]
-
-    @block_momentum.setter
-    def block_momentum(self, beta):
-        self._check_own_outer_step("block_momentum", beta)
-        check_number("block_momentum", beta, numbers.Real, A_MOMENTUM, 0, 1)
-        if beta and self.outer_optimizer.built and not self.outer_optimizer.momentums:
-            raise ValueError(
-                "This BlockMomentum was built with block_momentum=0 and keeps no velocity. "
-                f"Received: block_momentum={beta!r}. To raise it later, begin with a small one, "
-                "such as block_momentum=1e-6."
-            )
-        # Keras's SGD leaves the velocity alone at 0; it should forget instead.
-        forgets = not beta and self.outer_optimizer.momentums if self.built else False
-        self.outer_optimizer.momentum = 1e-30 if forgets else float(beta)
-        self._set("momentum", float(beta))
-
-    @property
-    def block_learning_rate(self):
-        """zeta; None with an `outer_optimizer`. Can be set, on all workers alike."""
-        return self._settings["zeta"]
-
-    @block_learning_rate.setter
-    def block_learning_rate(self, zeta):
-        self._check_own_outer_step("block_learning_rate", zeta)
-        check_number("block_learning_rate", zeta, numbers.Real, _A_RATE, 0)
-        self.outer_optimizer.learning_rate = float(zeta)
-        self._set("zeta", float(zeta))
-
-    @property
-    def nesterov(self):
-        """Whether the outer step looks ahead; None with an `outer_optimizer`. Can be set."""
-        return self._settings["nesterov"]
-
-    @nesterov.setter
-    def nesterov(self, nesterov):
-        self._check_own_outer_step("nesterov", nesterov)
-        self.outer_optimizer.nesterov = bool(nesterov)
-        self._set("nesterov", bool(nesterov))
-
-    @property
-    def sync_period(self):
-        """K, or its schedule. A number can be set to another, on all workers alike."""
-        return self._period
-
-    @sync_period.setter
-    def sync_period(self, sync_period):
-        sync_period = schedules.check_schedule(sync_period)
-        before = getattr(self, "_period", sync_period)
-        if (
-            not (isinstance(before, int) and isinstance(sync_period, int))
-            and before != sync_period
-        ):
-            raise ValueError(
-                "A schedule of `sync_period` cannot be set later, nor one replaced. Received: "
-                f"sync_period={sync_period!r} in place of {before!r}. Give it to BlockMomentum."
-            )
-        self._period = sync_period
-
-    def _check_own_outer_step(self, name, value):
-        if self._settings["momentum"] is None:
-            raise ValueError(
-                f"With an outer_optimizer, BlockMomentum has no `{name}`. Received: {name}="
-                f"{value!r}. Set it on optimizer.outer_optimizer instead."
-            )
-
-    def _set(self, name, value):
-        self._settings = {**self._settings, name: value}
-        self.version += 1
 
     def _check_outer_optimizer(self, outer_optimizer, momentum):
         outer_optimizer = _checked(outer_optimizer, "outer_optimizer")
