@@ -778,7 +778,7 @@ def test_ray(tmp_path):
 
 
 def test_numbers_that_numpy_does_not_know(tmp_path):
-    from tf_blockmomentum import pieces
+    from tf_blockmomentum.backup import pieces
 
     values = np.array([[1.5, -2.0], [0.0, 3.0]])
     for dtype in (tf.bfloat16, tf.float16, tf.bool, tf.int64, tf.uint8):

@@ -1,14 +1,11 @@
 """BlockBackup: every worker's exact state on disk, and a fit that goes on from it."""
 
 import contextlib
-import hashlib
 import itertools
 import json
-import os
 import pathlib
 import signal
 import sys
-import tempfile
 import threading
 import warnings
 
@@ -19,16 +16,7 @@ import tensorflow as tf
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum._private import trainer as _trainer
-from tf_blockmomentum.boundary.exchange import gather
-from tf_blockmomentum.callback import (
-    BlockTraining,
-    ChiefOnly,
-    give_replicas_different_seeds,
-    keep_seeds,
-    replica_ids,
-)
-from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.pieces import (
+from tf_blockmomentum.backup.pieces import (
     Damaged,
     Piece,
     from_bytes,
@@ -36,9 +24,24 @@ from tf_blockmomentum.pieces import (
     worker_counts,
     write,
 )
-from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
-
-_OFFERED = 16  # newest backups a worker offers to the others when fit begins
+from tf_blockmomentum.backup.state import (
+    OFFERED,
+    describe,
+    exchange,
+    hash_of,
+    plain,
+    position_of,
+    set_position,
+    variables_of,
+)
+from tf_blockmomentum.callback import (
+    BlockTraining,
+    ChiefOnly,
+    give_replicas_different_seeds,
+    keep_seeds,
+    replica_ids,
+)
+from tf_blockmomentum.strategy import replicas_of, worker_of
 
 
 class BlockBackup(keras.callbacks.Callback):
@@ -148,11 +151,11 @@ class BlockBackup(keras.callbacks.Callback):
         self._optimizers = self._loop.optimizers
         self._worker, self._workers = worker_of(self._strategy)
         self._replicas = replica_ids(self._strategy)
-        self._variables = _variables(model, self._loop)
+        self._variables = variables_of(model, self._loop)
         known = [*self._own_callbacks, *_trainer.fit_of(model).keras_callbacks]
         inside = [c.callback if isinstance(c, ChiefOnly) else c for c in known]
         self._callbacks = list({id(c): c for c in inside}.values())
-        self._begun_with = [_plain(vars(callback)) for callback in self._callbacks]
+        self._begun_with = [plain(vars(callback)) for callback in self._callbacks]
         self._history: dict | None = None  # of the fit that goes on
         self._saved_midway = False
         self._restore(self._newest())
@@ -257,14 +260,14 @@ class BlockBackup(keras.callbacks.Callback):
             "epochs": epochs,
             "stopped": over,
             "history": self._history_with(logs),
-            "variables": _describe(self._variables),
+            "variables": describe(self._variables),
             "callbacks": [],
         }
         arrays: dict = {}
         for n, (callback, before) in enumerate(
             zip(self._callbacks, self._begun_with, strict=True)
         ):
-            now = _plain(vars(callback))
+            now = plain(vars(callback))
             meta["callbacks"].append({k: v for k, v in now.items() if before.get(k, ...) != v})
             for name, value in vars(callback).items():
                 if isinstance(value, list) and all(
@@ -273,7 +276,7 @@ class BlockBackup(keras.callbacks.Callback):
                 ):
                     arrays |= {f"callback-{n}/{name}/{k}": a for k, a in enumerate(value)}
         if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
-            arrays |= _position_of(iterator)
+            arrays |= position_of(iterator)
 
         def members():
             yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
@@ -335,9 +338,9 @@ class BlockBackup(keras.callbacks.Callback):
                 else:
                     name = f"{directory.name} of {workers} workers, run {pieces[0].meta['run']}"
                     found[name] = pieces
-        offered = dict(list(found.items())[:_OFFERED])
-        hashes = {_hash(name): name for name in offered}
-        rows, self._run = _exchange(self._strategy, len(self._replicas), list(hashes))
+        offered = dict(list(found.items())[:OFFERED])
+        hashes = {hash_of(name): name for name in offered}
+        rows, self._run = exchange(self._strategy, len(self._replicas), list(hashes))
         common = [name for key, name in hashes.items() if all(key in row for row in rows)]
         chosen = found[common[0]] if common else None
         newest = chosen[0].path.parent.name if chosen else ""
@@ -413,7 +416,7 @@ class BlockBackup(keras.callbacks.Callback):
         def restore_position(iterator):
             data = pieces[0] if exact and isinstance(iterator, tf.data.Iterator) else {}
             if "data/index" in data:
-                _set_position(iterator, data)
+                set_position(iterator, data)
                 self._loop.skip(iterator, 0, taken=batches)
             else:
                 self._loop.skip(iterator, batches)
@@ -434,7 +437,7 @@ class BlockBackup(keras.callbacks.Callback):
     def _check(self, piece):
         """Raises ValueError if the backup is of another model."""
         for n, (theirs, ours) in enumerate(
-            itertools.zip_longest(piece.meta["variables"], _describe(self._variables))
+            itertools.zip_longest(piece.meta["variables"], describe(self._variables))
         ):
             if theirs is None or ours is None or theirs[1:] != ours[1:]:
                 raise ValueError(
@@ -483,70 +486,3 @@ class BlockBackup(keras.callbacks.Callback):
                 if owner == f"callback-{n}":
                     lists.setdefault(rest.rpartition("/")[0], []).append(piece[name])
             vars(callback).update(lists)
-
-
-# -- state ---------------------------------------------------------------------------------------
-
-
-def _variables(model, loop):
-    """All state of a training: the model's, the optimizer's, the metrics', the loop's."""
-    metrics = [v for metric in model.metrics for v in metric.variables]
-    optimizers = [model.optimizer, *_keras.optimizers_of(model, find)]  # a GAN has several
-    states = [v for optimizer in optimizers if optimizer for v in optimizer.variables]
-    found = [*model.variables, *states, *metrics, *loop.variables]
-    return list({id(v): v for v in found}.values())
-
-
-def _describe(variables):
-    return [
-        [getattr(v, "path", v.name), list(v.shape), tf.as_dtype(v.dtype).name] for v in variables
-    ]
-
-
-def _plain(attributes):
-    """Those attributes that JSON keeps as they are."""
-    scalars = {k: v.item() if isinstance(v, np.generic) else v for k, v in attributes.items()}
-    return {
-        k: v
-        for k, v in scalars.items()
-        # Keras turns min_delta's sign itself once it knows which way a metric improves.
-        if isinstance(v, int | float | str | type(None)) and k != "min_delta"
-    }
-
-
-def _position_of(iterator):
-    """tf.data's own checkpoint of an iterator, as arrays; nothing if it cannot be had."""
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            path = tf.train.Checkpoint(iterator=iterator).write(f"{directory}/data")
-        except (tf.errors.FailedPreconditionError, tf.errors.UnimplementedError, ValueError):
-            return {}
-        files = pathlib.Path(directory).glob("data.*")
-        return {
-            f"data/{file.name.partition('.')[2]}": np.frombuffer(file.read_bytes(), np.uint8)
-            for file in files
-            if file.name.startswith(pathlib.Path(path).name)
-        }
-
-
-def _set_position(iterator, piece):
-    with tempfile.TemporaryDirectory() as directory:
-        for name in piece:
-            if name.startswith("data/"):
-                pathlib.Path(directory, f"data.{name[5:]}").write_bytes(piece[name].tobytes())
-        tf.train.Checkpoint(iterator=iterator).read(f"{directory}/data").assert_consumed()
-
-
-def _hash(name):
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-
-
-def _exchange(strategy, local, numbers):
-    """Gives every worker what each replica's worker offers, and all one random number: a single
-    all-reduce. `local`: how many replicas this worker has."""
-    own = [int.from_bytes(os.urandom(7), "big"), *numbers, *[0] * (_OFFERED - len(numbers))]
-    progress.note("waits to agree on a backup")
-    with meeting(strategy, "BlockBackup's beginning"):
-        rows = gather(strategy, [own] * local)
-    progress.note("agreed on a backup")
-    return [set(row[1:].tolist()) for row in rows], int(rows[0, 0])
