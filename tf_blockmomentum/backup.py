@@ -266,7 +266,10 @@ class BlockBackup(keras.callbacks.Callback):
             now = _plain(vars(callback))
             meta["callbacks"].append({k: v for k, v in now.items() if before.get(k, ...) != v})
             for name, value in vars(callback).items():
-                if isinstance(value, list) and all(isinstance(a, np.ndarray) for a in value):
+                if isinstance(value, list) and all(
+                    isinstance(a, np.ndarray | np.generic)
+                    for a in value  # a scalar weight is no array
+                ):
                     arrays |= {f"callback-{n}/{name}/{k}": a for k, a in enumerate(value)}
         if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
             arrays |= _position_of(iterator)

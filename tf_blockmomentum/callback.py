@@ -152,6 +152,7 @@ class BlockTraining(keras.callbacks.Callback):
         """The loop; builds model and optimizer from the spec of a batch if need be."""
         if self._loop is None:
             model = self._model
+            _keras.check_layers(model)
             _keras.build(model, element_spec)
             if isinstance(model.distribute_strategy, BlockStrategy):
                 _keras.bring_into_scope(model)

@@ -288,7 +288,7 @@ class BlockLoop:
             v.assign(value)
             anchors[id(v)].assign(value)
         _keras.take_assigned(trained)
-        self.ending.weights_set = bool(found)
+        self.ending.weights_set |= bool(found)
 
     @property
     def batches(self) -> tuple[Any, int, bool]:

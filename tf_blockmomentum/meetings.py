@@ -60,7 +60,8 @@ class Meetings:
             yield
         except tf.errors.OpError as error:
             if not self._problem and "collective" in str(error).lower():
-                self._problem = self._difference(place)
+                self._problem = self._difference(place, str(error))
+                _tensorflow.tell_workers("failed", f"{self._number}:{self._problem}")
             if self._problem:
                 raise RuntimeError(self._problem) from error
             raise
@@ -93,6 +94,10 @@ class Meetings:
         if where and where != place:
             self._stop(number, self._apart(place, other, where))
             return
+        failed, _, problem = _tensorflow.told_by_workers("failed").partition(":")
+        if problem and int(failed) == number:
+            self._stop(number, problem)
+            return
         other, _, last = _tensorflow.told_by_workers("ended").partition(":")
         if last and int(last) < number:
             self._stop(
@@ -110,7 +115,7 @@ class Meetings:
             "evaluate, predict and fit are for all workers.)"
         )
 
-    def _difference(self, place: str) -> str:
+    def _difference(self, place: str, error: str) -> str:
         """After TensorFlow has found that the workers' collectives are unlike: what they are."""
         number, others = self._number, [i for i in range(len(self._addresses)) if i != self._index]
         _tensorflow.tell_workers(f"at/{number}/{self._index}", place)
@@ -120,7 +125,14 @@ class Meetings:
                 where = _tensorflow.told_by_workers(f"at/{number}/{i}")
                 if where and where != place:
                     return self._apart(place, i, where)
-        return ""
+        if "mismatch" not in error and " expected " not in error:
+            return ""
+        return (
+            f"At {place}, the workers have values of unlike shapes or dtypes: "
+            f"{error.partition('aborted by: ')[2].splitlines()[0]} All workers run the same "
+            "script and build the same model; look for what depends on the worker (its files, its "
+            "arguments, its number)."
+        )
 
     def _stop(self, number: int, problem: str) -> None:
         with self._lock:

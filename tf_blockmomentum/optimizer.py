@@ -1,5 +1,6 @@
 """BlockMomentum: the local update inside a replica, the block update at the boundary."""
 
+import concurrent.futures
 import contextlib
 import numbers
 from typing import Any
@@ -326,7 +327,7 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
                 "tfbm.BlockLoop. model.train_on_batch needs neither."
             )
         if not self.built:
-            raise NotBuilt(self, variables)
+            self._build_for_step(variables)
         built_with = self.built_variables
         for g, v in zip(grads, built_with if variables is None else variables, strict=False):
             if g is not None and _keras.knows(self, v):
@@ -337,6 +338,22 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
             yield
         finally:
             self.updating = False
+
+    def _build_for_step(self, variables):
+        """Builds for a step that is the first to say to which variables. A step that is traced is
+        broken off and traced again; one that is taken cannot be, and waits for another thread,
+        which is in no replica and may make variables."""
+        if not tf.executing_eagerly() or variables is None:
+            raise NotBuilt(self, variables)
+
+        def build():
+            with _keras.strategy_of(self).scope():
+                self.build(list(variables))
+
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            stepping, self._stepping = self._stepping, False
+            thread.submit(build).result()
+            self._stepping = stepping
 
     @property
     def overwritten(self):

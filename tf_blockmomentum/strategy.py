@@ -41,7 +41,10 @@ def _per_replica_creator(next_creator, **kwargs):
         kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
         if kwargs.get("trainable") is None:  # ON_READ alone would mean False
             kwargs["trainable"] = True
-    return as_a_number(next_creator(**kwargs))
+    # Its initial value is sent by the chief, so all workers make the same variables.
+    place = f"the making of a variable named {kwargs.get('name')!r}"
+    with meeting(tf.distribute.get_strategy(), place):
+        return as_a_number(next_creator(**kwargs))
 
 
 class BlockStrategy(tf.distribute.Strategy):

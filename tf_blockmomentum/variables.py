@@ -2,16 +2,18 @@
 
 | the variable | its rule |
 |---|---|
+| its `aggregation` is set, and the step changes it | that: `MEAN`, `SUM` or `FIRST` |
 | an optimizer's update goes through it | `MOMENTUM` |
-| the step assigns it, and its `aggregation` is set | that: `MEAN`, `SUM` or `FIRST` |
+| so it does, and its layer assigns it too (SpectralNormalization) | `MEAN` |
 | the step assigns it the larger (smaller) of itself and something | `MAXIMUM` (`MINIMUM`) |
 | the step computes it, element by element, from variables | `MEAN` |
 | the step assigns it anything else, or it is no floating point number | `FIRST` |
 | nothing changes it | none: it is not sent |
 
 "Assigns" means `variable.assign` and its like within a local step, outside the optimizer: moving
-statistics, a moving-average copy of a network, a feature queue, a counter. Metrics, seed
-generators and optimizers' own variables are none of it.
+statistics, a moving-average copy of a network, a feature queue, a counter. A weight that is
+trained and that a train_step clips or decays besides is a trained one. Metrics, seed generators
+and optimizers' own variables are none of it.
 """
 
 import contextlib
@@ -53,6 +55,7 @@ class Rules:
         self._optimizers = optimizers
         self._wrappers = list(wrappers)
         self._assigned: dict[int, tuple[Any, str]] = {id(v): (v, MEAN) for v in averaged}
+        self._held = set(self._assigned)  # of them, those that an update alone does not decide
         self._starts: dict[int, Any] = {}
 
     @contextlib.contextmanager
@@ -69,12 +72,16 @@ class Rules:
             return
         rule = _AGGREGATIONS.get(variable.aggregation) or _default_rule(variable, value)
         self._assigned[id(variable)] = variable, rule
+        if variable.aggregation in _AGGREGATIONS or _keras.in_a_layer():
+            self._held.add(id(variable))
         if rule == SUM and tf.executing_eagerly():
             self._starts[id(variable)] = tf.identity(variable)
 
     def of(self, *rules: str) -> list[Any]:
         """The variables with one of these rules, besides `MOMENTUM`."""
-        return [v for v, rule in self._assigned.values() if rule in rules]
+        updated = {id(v) for o in self._optimizers for v in o.updated} - self._held
+        found = self._assigned.items()
+        return [v for key, (v, rule) in found if rule in rules and key not in updated]
 
     def follow(self) -> int:
         """Takes note of what the optimizers have updated so far, and tells them for which of
@@ -82,16 +89,20 @@ class Rules:
         grows when the step turns out to change more."""
         for optimizer in self._optimizers:
             for v in optimizer.overwritten:  # a gradient that is the new value (float8's scales)
-                self._assigned.setdefault(id(v), (v, MEAN))
+                self._hold(v, MEAN)
             for v in optimizer.updated:
                 if v.aggregation in _AGGREGATIONS:
-                    self._assigned.setdefault(id(v), (v, _AGGREGATIONS[v.aggregation]))
-            optimizer.without_momentum = set(self._assigned)
+                    self._hold(v, _AGGREGATIONS[v.aggregation])
+            optimizer.without_momentum = self._held
         for v in self.of(SUM):
             if not isinstance(self._starts.get(id(v)), tf.Variable):
                 start = self._starts.get(id(v))
                 self._starts[id(v)] = tf.Variable(v if start is None else start, trainable=False)
         return len(self._assigned) + sum(len(o.updated) for o in self._optimizers)
+
+    def _hold(self, variable: Any, rule: str) -> None:
+        self._assigned.setdefault(id(variable), (variable, rule))
+        self._held.add(id(variable))
 
     @property
     def starts(self) -> list[tf.Variable]:

@@ -214,6 +214,13 @@ def take_assigned(variables: Iterable[Any]) -> list[Any]:
     return found
 
 
+def in_a_layer() -> bool:
+    """Whether a layer is being called: Keras keeps what it knows of the call for nested layers."""
+    return (
+        keras.src.backend.common.global_state.get_global_attribute("current_call_ctx") is not None
+    )
+
+
 def is_plain_state(variable: Any) -> bool:
     """Whether a variable is no metric's, which has a synchronisation of its own, and no seed
     generator's."""
@@ -306,6 +313,9 @@ def build(model: keras.Model, element_spec: Any) -> bool:
     if built and all(layer.built for layer in layers_of(model)) and not _unbuilt_parts(model):
         return True
     batch = keras.tree.map_structure(shape_and_type, element_spec)
+    dense = all(isinstance(s, tf.TensorSpec) for s in keras.tree.flatten(batch) if s is not None)
+    if not dense:  # Keras would take ragged and sparse tensors for dense ones
+        return False
     try:
         with model.distribute_strategy.scope():
             model._symbolic_build(data_batch=batch)
@@ -323,6 +333,30 @@ def build(model: keras.Model, element_spec: Any) -> bool:
                 optimizer.build(model.trainable_variables)
         return False
     return True
+
+
+def build_with(model: keras.Model, batch: Any) -> None:
+    """As `build`, with an actual batch."""
+    x, y, _ = keras.utils.unpack_x_y_sample_weight(none_for_optional(batch))
+    with model.distribute_strategy.scope():
+        y_pred = model(x, training=False) if model._call_has_training_arg else model(x)
+        for part in (model._compile_metrics, model._compile_loss):
+            if part is not None and not part.built:
+                part.build(y, y_pred)
+        if model.optimizer is not None and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+
+
+def check_layers(model: keras.Model) -> None:
+    """Raises ValueError for layers that communicate within a step."""
+    names = [layer.name for layer in layers_of(model) if getattr(layer, "synchronized", False)]
+    if names and model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "A layer cannot be synchronized within a block, in which replicas do not "
+            f"communicate. Received: synchronized=True in {', '.join(names)}. Use "
+            "BatchNormalization(synchronized=False): its moving statistics are averaged at "
+            "every boundary."
+        )
 
 
 _TRAIN_STEP = keras.Model.train_step

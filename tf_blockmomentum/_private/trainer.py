@@ -196,9 +196,11 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             if iterator is not None:
                 # Without drawing a batch, as on one device: it would be missing from the epoch,
                 # or a thread be left that reads ahead (keras issue 20425).
-                spec = iterator._get_iterator().element_spec
-                if _keras.build(self, spec):
-                    return None
+                data = iterator._get_iterator()
+                if not _keras.build(self, data.element_spec):
+                    first = next(iter(data))
+                    _keras.build_with(self, strategy.reduce("MEAN", first, axis=None))
+                return None
             return original(self, iterator=iterator, data_batch=data_batch)
 
     def reset_metrics(self: Any, original: Callable) -> Any:
@@ -292,15 +294,7 @@ def _check_fit(model: keras.Model) -> None:
     """Raises ValueError for what cannot run in blocks, or under a block strategy."""
     strategy = model.distribute_strategy
     if _keras.optimizers_of(model, find):
-        layers = _keras.layers_of(model)
-        names = [layer.name for layer in layers if getattr(layer, "synchronized", False)]
-        if names and strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "A layer cannot be synchronized within a block, in which replicas do not "
-                f"communicate. Received: synchronized=True in {', '.join(names)}. Use "
-                "BatchNormalization(synchronized=False): its moving statistics are averaged at "
-                "every boundary."
-            )
+        _keras.check_layers(model)
     elif model.steps_per_execution > 1 and worker_of(strategy)[1] > 1:
         raise ValueError(
             "With an optimizer of Keras's own, fit is synchronous, and TensorFlow cannot put its "
