@@ -120,6 +120,10 @@ def draw(seed, workers=1):
         "float64", "float32", "mixed_bfloat16", "mixed_float16", p=[0.6, 0.2, 0.1, 0.1]
     )
 
+    drawn = [name for names in what["layers"].values() for name in names]
+    if what["policy"].startswith("mixed") and {"add_loss", "activity"} & set(drawn):
+        what["policy"] = "float32"  # Keras cannot add up losses of several dtypes
+
     what["epochs"] = int(rng.integers(1, 4))
     callbacks = ["ReduceLROnPlateau", "LearningRateScheduler", "EarlyStopping", "SwapEMAWeights"]
     callbacks += ["SetWeights", "Evaluate", "ModelCheckpoint", "TerminateOnNaN", "SetRate"]
