@@ -97,11 +97,14 @@ class BlockTraining(keras.callbacks.Callback):
             block_momentum.check_same_scope("model", model.distribute_strategy)
         # A fit leaves its callback on the model; compile takes it away.
         earlier = getattr(model.train_function, "__self__", None)
-        self._loop = None
-        if isinstance(earlier, BlockTraining) and earlier._loop is not None:
-            settings = (self.jit_compile, self.on_nonfinite)
-            if settings == (earlier.jit_compile, earlier.on_nonfinite):
-                self._loop = earlier._loop  # compiled already
+        settings = (self.jit_compile, self.on_nonfinite)
+        if isinstance(earlier, BlockTraining) and settings == (
+            earlier.jit_compile,
+            earlier.on_nonfinite,
+        ):
+            self._loop = earlier._loop  # compiled already
+        else:
+            self._loop = None
         self._wrappers = wrappers
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -206,7 +209,8 @@ class BlockTraining(keras.callbacks.Callback):
         assert self._loop is not None
         model = self._model
         self._loop.begin_fit(lambda: _keras.shared_variables(model), self._fit.data)
-        self._loop.ending.on_nonfinite = "stop" if self._fit.stops_on_nan else self.on_nonfinite
+        stops = self._fit.stops_on_nan and self.on_nonfinite == "raise"
+        self._loop.ending.on_nonfinite = "stop" if stops else self.on_nonfinite
         generators = _keras.seed_generators(model)
         ids = replica_ids(model.distribute_strategy) if generators else []
         for generator in generators:

@@ -382,10 +382,12 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
     def finalize_variable_values(self, var_list):
         """At the end of fit: with `use_ema` inside, weights and anchor become their moving
         averages, of which the last flush took the mean over the replicas."""
-        for average, variable in _keras.moving_averages(self.inner_optimizer):
+        averages = _keras.moving_averages(self.inner_optimizer)
+        for average, variable in averages:
             if any(variable is v for v in var_list):
                 variable.assign(average)
-        self.restart_block()
+        if averages:
+            self.restart_block()
 
     def get_config(self):
         """The arguments, the optimizers nested."""

@@ -1,5 +1,6 @@
 """One trial of a search: its objective, its clock, and how it ends."""
 
+import functools
 import math
 import numbers
 import statistics
@@ -176,6 +177,7 @@ class TrialTraining(BlockTraining):
         if self.workers.count > 1 and self.model.test_function is not self._tested:
             test_function = self.model.test_function
 
+            @functools.wraps(test_function)
             def until_error(iterator):
                 try:
                     if self.error is None:
