@@ -31,14 +31,15 @@ class Piece(dict):
             raise Damaged(f"{path.name} cannot be read ({error})") from error
         if expected[:1] != [digest]:
             raise Damaged(f"{path.name} is torn or changed: its SHA-256 is not the one noted")
-        self._file = np.load(path, allow_pickle=False)
-        super().__init__(dict.fromkeys(self._file.files))
+        with np.load(path, allow_pickle=False) as file:
+            super().__init__(dict.fromkeys(file.files))
         self.meta = json.loads(self["meta"].tobytes())
         if self.meta.get("format") != 1:
             raise Damaged(f"{path.name} is of a format this version does not know")
 
     def __getitem__(self, name):
-        return self._file[name]
+        with np.load(self.path, allow_pickle=False) as file:  # none is left open
+            return file[name]
 
 
 def write(path, members):
