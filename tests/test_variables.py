@@ -44,12 +44,14 @@ class Keeps(keras.layers.Layer):
         self.first = weight("first", aggregation="only_first_replica")
         self.queue = weight("queue", [12, 2])
         self.copy = weight("copy", [2, 1])
+        self.rounded = weight("rounded", dtype="int32", aggregation="mean")
 
     def call(self, x, training=False):
         if training:
             self.largest.assign(ops.maximum(self.largest, ops.max(x)))
             self.smallest.assign(ops.minimum(ops.min(x), self.smallest))
             self.steps.assign_add(1)
+            self.rounded.assign_add(ops.cast(ops.max(x) > 3, "int32"))
             self.seen.assign_add(ops.cast(ops.shape(x)[0], "float32"))
             for average in (self.average, self.average_too, self.first):
                 average.assign(0.5 * average + 0.5 * ops.mean(x))
@@ -92,6 +94,8 @@ def test_what_a_layer_keeps(pair, jit):
     assert got["unused"] == -np.inf
     assert got["steps"] == 2 * STEPS  # one replica's
     assert got["seen"] == 2 * 2 * STEPS * BATCH  # all examples of both workers and epochs
+    above = np.mean((x.max(axis=(2, 3)) > 3).sum(axis=0))  # an epoch, one replica
+    assert got["rounded"] == np.round(np.round(above) + above) > 0
     own = [0.0, 0.0]  # a moving average is linear: the mean of the replicas' own
     for step in [*range(STEPS)] * 2:
         own = [0.5 * average + 0.5 * x[step, j].mean() for j, average in enumerate(own)]

@@ -23,14 +23,19 @@ class BlockTraining(keras.callbacks.Callback):
     It gives the model its training function for the length of fit. A block is cut
     short at the end of an epoch, before validation, so that validation, checkpoints
     and saved models are those of the anchor, the same on every replica.
-    BatchNormalization's moving statistics are averaged at every boundary. Replicas
-    draw different dropout masks.
+    BatchNormalization's moving statistics are averaged at every boundary; docs/your_script.md
+    has the rule for each kind of variable. Replicas draw different dropout masks.
+
+    Before its first step a fit compares the workers: if their weights differ, all take the
+    chief's, and its optimizer state. Weights that a callback sets on all workers are the new
+    anchor, and no movement for block momentum.
 
     Communication: one all-reduce at a boundary, in a few packed messages, and the
     metrics at the end of an epoch. The logs of a batch (the progress bar's) are this
     worker's own; the logs of an epoch are those of all examples of all workers.
     A worker that sets `model.stop_training` during an epoch stops all workers at the
-    next boundary, and then they end the epoch together. After every callback has seen
+    next boundary, and then they end the epoch together (one process alone stops at once).
+    After every callback has seen
     the end of an epoch the workers agree once more (one number is summed), so that one
     whose callback stops there, or in validation, does not leave the others waiting.
 
@@ -40,7 +45,8 @@ class BlockTraining(keras.callbacks.Callback):
             `jit_compile=True`.
         on_nonfinite: "raise" or "skip", for a replica with NaN or infinite weights at a
             boundary, as in `BlockLoop`; the count is in `skipped`. A loss that was NaN
-            stays in its epoch's metrics.
+            stays in its epoch's metrics. With Keras's TerminateOnNaN in the same fit, "raise"
+            stops all workers without an error instead.
 
     Raises:
         ValueError: at the start of fit, if the model's optimizer is no BlockMomentum,

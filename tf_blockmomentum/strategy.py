@@ -183,6 +183,8 @@ class BlockStrategy(tf.distribute.Strategy):
         size = int(
             tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
         )
+        if size < 0:  # batches that TensorFlow has not put together itself
+            dataset = dataset.map(_copied)
         if self._marks_none:
             dataset = _mark_none(dataset)
         if not self._any_batch:
@@ -315,6 +317,18 @@ def _mark_none(dataset):
 
     specs = tf.nest.flatten(dataset.element_spec)
     return dataset.map(mark) if any(isinstance(s, tf.NoneTensorSpec) for s in specs) else dataset
+
+
+def _copied(*element):
+    """A batch in memory of its own. A generator's arrays are used where they are, and a replica's
+    part of one could be overwritten by the step that has it: the user's sample weights were."""
+
+    def copy(leaf):
+        kept = not isinstance(leaf, tf.Tensor) or leaf.dtype in (_NONE, tf.variant)
+        return leaf if kept else tf.raw_ops.DeepCopy(x=leaf)
+
+    copies = tf.nest.map_structure(copy, element)
+    return copies if len(copies) > 1 else copies[0]
 
 
 def none_for_marks(data):

@@ -27,7 +27,7 @@ from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum._private.tensorflow import assigned_in
 
 MOMENTUM, MEAN, SUM, FIRST = "momentum", "mean", "sum", "first"
-MAXIMUM, MINIMUM = "maximum", "minimum"
+MAXIMUM, MINIMUM, ROUNDED = "maximum", "minimum", "rounded mean"  # the mean of whole numbers
 _AGGREGATIONS = {"mean": MEAN, "sum": SUM, "only_first_replica": FIRST}
 
 # Operations of which each element of the result comes from the elements at its place.
@@ -55,7 +55,7 @@ class Rules:
     ) -> None:
         self._optimizers = optimizers
         self._wrappers = list(wrappers)
-        self._assigned: dict[int, tuple[Any, str]] = {id(v): (v, MEAN) for v in averaged}
+        self._assigned: dict[int, tuple[Any, str]] = {id(v): (v, _mean_of(v)) for v in averaged}
         self._held = set(self._assigned)  # of them, those that an update alone does not decide
         self._starts: dict[int, Any] = {}
         self._seen: set[int] = set()  # TensorFlow's variables of those Keras variables
@@ -91,6 +91,7 @@ class Rules:
         if id(variable) in own or not _keras.is_plain_state(variable):
             return
         rule = _AGGREGATIONS.get(variable.aggregation) or _default_rule(variable, value)
+        rule = _mean_of(variable) if rule == MEAN else rule
         self._assigned[id(variable)] = variable, rule
         if variable.aggregation in _AGGREGATIONS or _keras.in_a_layer():
             self._held.add(id(variable))
@@ -134,6 +135,10 @@ class Rules:
     def starts(self) -> list[tf.Variable]:
         """What the variables with `SUM` were when it was last taken, in their order."""
         return [self._starts[id(v)] for v in self.of(SUM)]
+
+
+def _mean_of(variable: Any) -> str:
+    return MEAN if tf.as_dtype(variable.dtype).is_floating else ROUNDED
 
 
 def _default_rule(variable: Any, value: Any) -> str:

@@ -16,7 +16,7 @@ from tf_blockmomentum.boundary.exchange import sum_over_replicas, sum_packs
 from tf_blockmomentum.boundary.header import Header
 from tf_blockmomentum.boundary.nonfinite import make_finite
 from tf_blockmomentum.boundary.packing import pack, unpack
-from tf_blockmomentum.variables import FIRST, MAXIMUM, MEAN, MINIMUM, SUM, Rules
+from tf_blockmomentum.variables import FIRST, MAXIMUM, MEAN, MINIMUM, ROUNDED, SUM, Rules
 
 _LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
 # What the host tells its replicas at a boundary: a vector, in this order.
@@ -91,7 +91,7 @@ class Boundary:
     @property
     def settling(self) -> list[Any]:
         """The variables that `settle` makes the same on all replicas."""
-        return [*self._averages, *self._rules.of(SUM, FIRST, MAXIMUM, MINIMUM)]
+        return [*self._averages, *self._rules.of(SUM, FIRST, MAXIMUM, MINIMUM, ROUNDED)]
 
     @property
     def trained(self) -> list[Any]:
@@ -364,7 +364,9 @@ class Boundary:
         extrema += [(v, tf.reduce_min) for v in rules.of(MINIMUM)]
         only_first = [tf.where(tf.equal(replica, 0), v, tf.zeros_like(v)) for v in first]
         plain = [tf.convert_to_tensor(v) for v in [*mean, *total]]
-        sums = iter(sum_over_replicas([*plain, *only_first]))
+        rounded = rules.of(ROUNDED)
+        wide = [tf.cast(v, tf.float64) for v in rounded]
+        sums = iter(sum_over_replicas([*plain, *only_first, *wide]))
         largest = self._extrema(extrema)
         for v in mean:
             v.assign(next(sums) * _share(replicas, v.dtype))
@@ -374,6 +376,8 @@ class Boundary:
             start.assign(value)
         for v in first:
             v.assign(next(sums))
+        for v in rounded:
+            v.assign(tf.cast(tf.round(next(sums) / replicas), v.dtype))
         for (v, _), value in zip(extrema, largest, strict=True):
             v.assign(value)
 

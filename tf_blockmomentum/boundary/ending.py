@@ -259,7 +259,8 @@ class Ending:
             self._flight.result()  # others may communicate before the next step
 
     def drop(self) -> None:
-        """Forgets a block that was interrupted, and what is on its way."""
+        """Forgets a block that was interrupted, what is on its way, and what was set."""
+        self.weights_set = self._uneven = self._differing = False
         flight, self._flight = self._flight, None
         if flight is not None:
             flight.exception()  # waits: others communicate next
