@@ -53,6 +53,7 @@ def test_elastic_averaging(strategy_of, monkeypatch):
         close([replica_values(w)[j] for w in model.trainable_variables], local[j])
 
 
+@pytest.mark.slow  # three minutes: a fifth of the gate's time
 @pytest.mark.timeout(450)
 def test_evidence_in_small(tmp_path, monkeypatch):
     """Every study is run and reported, from recorded runs."""

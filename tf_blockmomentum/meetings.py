@@ -119,7 +119,7 @@ class Meetings:
         """After TensorFlow has found that the workers' collectives are unlike: what they are."""
         number, others = self._number, [i for i in range(len(self._addresses)) if i != self._index]
         _tensorflow.tell_workers(f"at/{number}/{self._index}", place)
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE + 3  # the others have to notice first
         while time.monotonic() < until:
             for i in others:
                 where = _tensorflow.told_by_workers(f"at/{number}/{i}")
