@@ -367,15 +367,13 @@ def warn_of_order() -> None:
 
 
 def _locally(strategy: tf.distribute.Strategy) -> Any:
-    return strategy.local_input() if isinstance(strategy, BlockStrategy) else _nothing()
+    known = isinstance(strategy, BlockStrategy)
+    return strategy.local_input() if known else contextlib.nullcontext()
 
 
 def _any_batch(strategy: tf.distribute.Strategy, marks_none: bool = True) -> Any:
-    return strategy.any_batch(marks_none) if isinstance(strategy, BlockStrategy) else _nothing()
-
-
-def _nothing() -> Any:
-    return contextlib.nullcontext()
+    known = isinstance(strategy, BlockStrategy)
+    return strategy.any_batch(marks_none) if known else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

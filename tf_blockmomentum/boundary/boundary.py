@@ -180,7 +180,7 @@ class Boundary:
         tensors = [x for optimizer in self._optimizers for x in optimizer.sent]
         tensors += self.statistics
         tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
-        told = tf.cast([0, stopping, 0, 0, 0], tf.float32)
+        told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
         return self._attach(pack(tensors), self._header(told, taking_part > 0, steps, first, 0.0))
 
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:

@@ -185,7 +185,9 @@ class Ending:
             self._handle_nonfinite(np.rint(numbers["nonfinite"]).astype(int).tolist())
 
     def _put_right(self) -> None:
-        """What a boundary has shown to differ between the replicas."""
+        """What a boundary has shown, to all alike, to differ between the replicas."""
+        if not (self._uneven or self._differing):
+            return
         with meeting(self._strategy, "the end of a block"):
             if self._uneven:
                 self._align()
