@@ -129,7 +129,9 @@ class LocalSteps:
 
         some = _has_examples(data)
         if some is True:
-            return take(), tf.constant(True)
+            outputs = take()
+            with on_host():
+                return outputs, tf.constant(True)
         if tf.executing_eagerly():
             return (take() if some else skip()), some
         return tf.cond(some, take, skip), some
@@ -150,7 +152,9 @@ class LocalSteps:
             count = tf.add_n([tf.cast(t, tf.int32) for t in taken])
             return tf.add_n(kept) / tf.cast(tf.maximum(count, 1), parts[0].dtype)
 
-        return tf.nest.map_structure(combine, outputs), tf.reduce_any(taken)
+        outputs = tf.nest.map_structure(combine, outputs)
+        with on_host():
+            return outputs, taken[0] if len(taken) == 1 else tf.reduce_any(taken)
 
     def _loop(
         self, iterator: Any, count: tf.Tensor, first: Any, peek: bool
@@ -163,7 +167,8 @@ class LocalSteps:
         shapes = [spec.shape for spec in tf.nest.flatten(specs) if spec is not None]
 
         def more(i: Any, following: Any, _: Any) -> tf.Tensor:
-            return tf.logical_and(i < count, following.has_value())
+            with on_host():
+                return tf.logical_and(i < count, following.has_value())
 
         def body(i: Any, following: Any, outputs: Any) -> Any:
             new, taken = one_step(following.get_value())
@@ -210,6 +215,12 @@ def _as_one_replica(strategy: tf.distribute.Strategy, step_fn: Callable, data: A
         return step_fn(data)
     with strategy.one_replica():
         return step_fn(data)
+
+
+def on_host() -> contextlib.AbstractContextManager:
+    """Around what decides where a graph goes on. On a GPU a boolean would wait in the queue for
+    all steps before it, and the host for the boolean, so that no step is launched ahead."""
+    return tf.device("CPU:0")
 
 
 def next_batch(iterator, strategy):
