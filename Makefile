@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick bench-peers
-.PHONY: chaos lint format clean
+.PHONY: gpu-check chaos lint format clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
@@ -57,6 +57,10 @@ bench-peers:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r benchmarks/peers/requirements.txt
+
+# Everything that a GPU can change, checked and measured in ten minutes; into runs/gpu-check.
+gpu-check: $(VENV)/installed-examples
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # Twenty random kills over a small job; some minutes.
 chaos: $(VENV)/installed-examples

@@ -1,0 +1,128 @@
+"""What a GPU needs of the library, as far as a machine without one can tell."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import scope
+
+import tf_blockmomentum as tfbm
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import keras, numpy as np
+import tf_blockmomentum as tfbm
+
+for overlap in (False, True):
+    strategy = tfbm.MultiDeviceBlockStrategy(["CPU:0"])
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input([6]), keras.layers.BatchNormalization(), keras.layers.Dense(3)]
+        )
+        optimizer = tfbm.BlockMomentum(keras.optimizers.Adam(0.1), sync_period=2, overlap=overlap)
+        model.compile(optimizer, "mse", steps_per_execution=4)
+    training = tfbm.BlockTraining(jit_compile=True)
+    model.fit(np.zeros([32, 6]), np.zeros([32, 3]), batch_size=4, verbose=0, callbacks=[training])
+"""
+
+
+@pytest.mark.timeout(120)
+def test_compiled_steps_and_boundaries_do_not_call_the_host(tmp_path):
+    """From what XLA was given: no way back to the host, and variables assigned in place."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
+    }
+    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=100)
+    found = {}
+    for path in tmp_path.glob("*.before_optimizations.txt"):
+        name = re.search(r"inference_+(.+?)_+\d+_", path.name)[1]
+        found.setdefault(name, []).append(path.read_text())
+    # The step is a functools.partial, which TensorFlow calls "function".
+    assert set(found) >= {"function", "packed", "come_back", "keep", "begin_next", "outer_step"}
+    for name, modules in found.items():
+        assert len(modules) <= 2, f"{name} was compiled more than once for each model"
+        for text in modules:
+            instructions = set(re.findall(r" = \S+ ([a-z-]+)\(", text))
+            away = {"infeed", "outfeed", "send", "recv", "custom-call"} & instructions
+            assert not away, f"{name}: {away}"
+            if name != "packed":  # which assigns nothing
+                assert "input_output_alias" in text.splitlines()[0], name
+
+
+def compiled(strategy):
+    keras.utils.set_random_seed(3)
+    with scope(strategy):
+        model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2)])
+        model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=3), "mse")
+    return model
+
+
+@pytest.mark.parametrize("each", [1, 4])
+def test_a_batch_taken_ahead_is_the_next_step_s(strategy_of, each):
+    """On a GPU the next batch is taken while a step computes: the same batches are trained on, and
+    none is lost where an epoch ends in the middle of the data."""
+    weights = []
+    for ahead in (False, True):
+        model = compiled(strategy_of(2))
+
+        def batches():
+            rng = np.random.default_rng(0)
+            for _ in range(30):
+                yield rng.normal(size=[4, 4]), rng.normal(size=[4, 2])
+
+        model.steps_per_execution = each
+        training = tfbm.BlockTraining()
+
+        class KeepsTheSetting(keras.callbacks.Callback):
+            def on_train_begin(self, logs=None, training=training, ahead=ahead):
+                training._reads_ahead = ahead
+
+        model.fit(
+            batches(),
+            steps_per_epoch=12 // each,
+            epochs=2,
+            verbose=0,
+            callbacks=[training, KeepsTheSetting()],
+        )
+        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
+    np.testing.assert_array_equal(*weights)
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.timeout(300)
+def test_iterators_that_are_dropped_in_mid_air(strategy_of):
+    """500 of them, each with a batch on its way: TensorFlow's own buffer on the device crashed
+    one process in some dozens, when an iterator was deleted that read ahead."""
+    strategy = strategy_of(2)
+    data = tf.data.Dataset.range(32).map(lambda x: tf.fill([64], x)).batch(4)
+    loop = tf.function(lambda iterator: iterator.get_next_as_optional().has_value())
+    for _ in range(500):
+        iterator = iter(strategy.experimental_distribute_dataset(data))
+        with strategy.local_input():
+            assert loop(iterator)
+        del iterator
+
+
+@pytest.mark.timeout(150)
+def test_the_check_runs_without_a_gpu(tmp_path):
+    """`make gpu-check` says that there is none, and checks the same on the CPU."""
+    command = [sys.executable, "benchmarks/gpu_check.py", "--quick", "--to", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--only", "right"], cwd=ROOT, capture_output=True, text=True, timeout=140
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert "none" in results["machine"]["rows"][0]["GPUs"]
+    rows = results["right"]["rows"]
+    assert len(rows) >= 5 and all(row["right"] for row in rows)
+    assert "| M-AVG |" in (tmp_path / "gpu_check.md").read_text()
