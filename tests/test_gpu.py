@@ -124,5 +124,6 @@ def test_the_check_runs_without_a_gpu(tmp_path):
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert "none" in results["machine"]["rows"][0]["GPUs"]
     rows = results["right"]["rows"]
-    assert len(rows) >= 5 and all(row["right"] for row in rows)
+    assert len(rows) >= 5
+    assert all(row["right"] for row in rows)
     assert "| M-AVG |" in (tmp_path / "gpu_check.md").read_text()
