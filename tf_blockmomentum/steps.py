@@ -114,7 +114,8 @@ class LocalSteps:
 
     def _replica_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         # A plain function around the compiled one: strategy.run would lift a bare
-        # tf.function out over all devices, and XLA refuses other devices' variables.
+        # tf.function out over all devices, and XLA refuses other devices' variables
+        # (tensorflow issue 53140).
         data = _keras.none_for_optional(none_for_marks(data))
 
         def take() -> Any:

@@ -302,8 +302,8 @@ def worker_of(strategy):
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
 
 
-# TensorFlow's distributed iterators take no None (an optional input that is not given). A dtype
-# that no model has stands for it on the way.
+# TensorFlow's distributed iterators take no None, an optional input that is not given (tensorflow
+# issue 54900). A dtype that no model has stands for it on the way.
 _NONE = tf.qint32
 
 

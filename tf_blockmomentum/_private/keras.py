@@ -22,9 +22,10 @@ class LocalUpdate(keras.optimizers.Optimizer):
     """Keeps an optimizer's update inside its replica.
 
     Keras's TensorFlow optimizers sum gradients over the replicas and enter
-    `merge_call`. The backend-agnostic base class does neither; these four of its
-    methods are put between an optimizer's own class and the TensorFlow one, so
-    that an optimizer which extends them itself (Nadam) still does.
+    `merge_call`, which a compiled step cannot (keras issue 17187). The
+    backend-agnostic base class does neither; these four of its methods are put
+    between an optimizer's own class and the TensorFlow one, so that an optimizer
+    which extends them itself (Nadam) still does.
     """
 
     _apply_weight_decay = _BaseOptimizer._apply_weight_decay
@@ -72,7 +73,7 @@ def _local_class(cls: Any) -> Any:
     extra = {"__doc__": cls.__doc__, "__module__": cls.__module__, "_keras_class": cls}
     if issubclass(cls, keras.optimizers.LossScaleOptimizer):
         # Its TensorFlow path asks all replicas whether gradients are finite; the
-        # common path asks only this one.
+        # common path asks only this one (keras issue 18666).
         extra["_tf_apply"] = cls._common_apply
     return type(cls.__name__, (cls, LocalUpdate), extra)
 

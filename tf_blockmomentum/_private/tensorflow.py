@@ -41,8 +41,8 @@ def broadcast_initial_values_of_any_dtype(strategy: Any) -> None:
     """Lets variables of bfloat16, int8 and others be made on several workers.
 
     Every worker starts from the chief's initial value, which TensorFlow sends through a
-    collective that takes only a few dtypes (tensorflow issues 120991, 38404). The method of
-    the strategy that makes the initial value is private, and so is all around it.
+    collective that takes only a few dtypes. The method of the strategy that makes the initial
+    value is private, and so is all around it.
     """
     extended = strategy.extended
     original = extended._get_variable_creator_initial_value

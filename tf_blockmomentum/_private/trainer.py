@@ -195,7 +195,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         with strategy.local_input():  # only shapes are wanted
             if iterator is not None:
                 # Without drawing a batch, as on one device: it would be missing from the epoch,
-                # or a thread be left that reads ahead (keras issue 20425).
+                # or a thread be left that reads ahead (keras issues 20394, 20425).
                 data = iterator._get_iterator()
                 if not _keras.build(self, data.element_spec):
                     first = next(iter(data))
@@ -378,7 +378,8 @@ def _any_batch(strategy: tf.distribute.Strategy, marks_none: bool = True) -> Any
 
 @contextlib.contextmanager
 def _without_jit(model):
-    # strategy.run lifts a jitted function out over all devices, which XLA refuses.
+    # strategy.run lifts a jitted function out over all devices, which XLA refuses (tensorflow
+    # issue 53140).
     before, model._jit_compile = model._jit_compile, False
     try:
         yield
