@@ -108,6 +108,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         x, y = wanted.get("x"), wanted.get("y")
         _check_fit(self)
         check_global_batch(_batch_size(x, wanted), strategy)
+        _note_iterator(x, strategy)
         callbacks = wanted.get("callbacks")
         last = _LastCallback()
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -336,6 +337,28 @@ def _fingerprint(x: Any, y: Any) -> int:
         return crc([array for part in parts for array in part])
     except (TypeError, ValueError, KeyError):  # data frames, sparse and ragged tensors
         return 0
+
+
+_iterators: weakref.WeakSet = weakref.WeakSet()  # that an earlier fit was given
+
+
+def _note_iterator(x: Any, strategy: tf.distribute.Strategy) -> None:
+    """Warns of a generator that an earlier fit has had: workers have read it ahead by different
+    amounts, so that each would go on with other batches than the others share out."""
+    if not hasattr(x, "__next__") or worker_of(strategy)[1] == 1:
+        return
+    try:
+        used = x in _iterators
+        _iterators.add(x)
+    except TypeError:  # an iterator that cannot be referred to weakly
+        return
+    if used:
+        warnings.warn(
+            f"fit was given a {type(x).__name__} that an earlier fit has read from. Workers read "
+            "ahead by different amounts, so they may now share out different batches, of which "
+            "some examples are used twice and others never. Make it anew for each fit.",
+            stacklevel=2,
+        )
 
 
 def _in_order(x: Any, strategy: tf.distribute.Strategy) -> Any:
