@@ -14,10 +14,6 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
 
-# Grappler takes a fifth of the time of a small fit's first steps. The workers of the pools and
-# what is launched have it, as users do.
-tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-
 _strategies = {}
 
 

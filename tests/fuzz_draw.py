@@ -123,6 +123,8 @@ def draw(seed, workers=1):
     drawn = [name for names in what["layers"].values() for name in names]
     if what["policy"].startswith("mixed") and {"add_loss", "activity"} & set(drawn):
         what["policy"] = "float32"  # Keras cannot add up losses of several dtypes
+    if what["policy"] == "mixed_float16" and "spectral" in drawn:
+        what["policy"] = "float32"  # Keras's SpectralNormalization divides by an epsilon of 1e-7
 
     what["epochs"] = int(rng.integers(1, 4))
     callbacks = ["ReduceLROnPlateau", "LearningRateScheduler", "EarlyStopping", "SwapEMAWeights"]

@@ -319,7 +319,11 @@ def build(model: keras.Model, element_spec: Any) -> bool:
     batch = keras.tree.map_structure(shape_and_type, element_spec)
     dense = all(isinstance(s, tf.TensorSpec) for s in keras.tree.flatten(batch) if s is not None)
     if not dense:  # Keras would take ragged and sparse tensors for dense ones
-        return False
+        try:
+            build_with(model, keras.tree.map_structure(_symbolic, batch))
+        except Exception:  # an actual batch, or the step, tells more
+            return False
+        return True
     try:
         with model.distribute_strategy.scope():
             model._symbolic_build(data_batch=batch)
@@ -337,6 +341,13 @@ def build(model: keras.Model, element_spec: Any) -> bool:
                 optimizer.build(model.trainable_variables)
         return False
     return True
+
+
+def _symbolic(spec: Any) -> Any:
+    if spec is None:
+        return None
+    sparse, ragged = isinstance(spec, tf.SparseTensorSpec), isinstance(spec, tf.RaggedTensorSpec)
+    return keras.KerasTensor(spec.shape, spec.dtype.name, sparse=sparse, ragged=ragged)
 
 
 def build_with(model: keras.Model, batch: Any) -> None:
