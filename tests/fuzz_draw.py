@@ -123,6 +123,9 @@ def draw(seed, workers=1):
     drawn = [name for names in what["layers"].values() for name in names]
     if what["policy"].startswith("mixed") and {"add_loss", "activity"} & set(drawn):
         what["policy"] = "float32"  # Keras cannot add up losses of several dtypes
+    recurrent = {"gru", "lstm", "bidirectional", "recurrent dropout"} & set(drawn)
+    if recurrent and what["jit"] is True:  # in Keras's loop of steps XLA compiles for minutes
+        what["steps_per_execution"] = 1
     if what["policy"] == "mixed_float16" and "spectral" in drawn:
         what["policy"] = "float32"  # Keras's SpectralNormalization divides by an epsilon of 1e-7
 
