@@ -331,6 +331,8 @@ def build(model: keras.Model, element_spec: Any) -> bool:
         # Without a strategy Keras does not ask for this: a model with a train_step of its own
         # need have no call(). Its optimizers are built by the first step.
         own_step = type(model).train_step is not _TRAIN_STEP
+        if own_step:
+            _make_variables(model, batch)
         return own_step and "Unable to automatically build" in str(error)
     except (TypeError, ValueError):
         # An actual batch tells more: what the model cannot take, or its metrics or loss. The
@@ -341,6 +343,21 @@ def build(model: keras.Model, element_spec: Any) -> bool:
                 optimizer.build(model.trainable_variables)
         return False
     return True
+
+
+def _make_variables(model: keras.Model, batch: Any) -> None:
+    """Makes the variables that a model's own train_step makes, outside any trace: one that is
+    broken off, since only the step knows what its optimizers are for, leaves them without a value.
+    Keras gives them one at the end of its stateless scope, in which nothing else changes."""
+    step = tf.function(model.train_step, autograph=False)
+    own = [o for o in optimizers_of(model, lambda o: o) if not o.built]
+    with model.distribute_strategy.scope(), contextlib.ExitStack() as stack:
+        for optimizer in own:
+            for name in ("apply", "apply_gradients"):
+                setattr(optimizer, name, lambda *args, **kwargs: None)
+                stack.callback(delattr, optimizer, name)
+        with keras.StatelessScope(), contextlib.suppress(Exception):  # the actual trace says more
+            step.get_concrete_function(batch)
 
 
 def _symbolic(spec: Any) -> Any:
