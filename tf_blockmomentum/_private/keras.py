@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -170,7 +171,8 @@ def track_block_count(optimizer):
 # -- variables ----------------------------------------------------------------------------
 
 _watchers: list[Callable[[Any, Any], None]] = []
-_assigned_outside: set[int] = set()
+# By id, and weakly: the id of one that is no more may be a new one's.
+_assigned_outside: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _watch_assignments() -> None:
@@ -187,7 +189,7 @@ def _watch_assignments() -> None:
         for watcher in _watchers:
             watcher(self, value)
         if not _watchers and tf.executing_eagerly():
-            _assigned_outside.add(id(self))
+            _assigned_outside[id(self)] = self
         return original(self, value)
 
     assign._tfbm_original = original  # type: ignore[attr-defined]
@@ -212,8 +214,9 @@ def take_assigned(variables: Iterable[Any]) -> list[Any]:
     with them."""
     if not _assigned_outside:
         return []
-    found = [v for v in variables if id(v) in _assigned_outside]
-    _assigned_outside.difference_update(map(id, found))
+    found = [v for v in variables if _assigned_outside.get(id(v)) is v]
+    for v in found:
+        _assigned_outside.pop(id(v), None)
     return found
 
 

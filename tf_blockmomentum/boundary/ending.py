@@ -233,18 +233,19 @@ class Ending:
             return
         changed = [*self.replica.travelling, *self.replica.settling]
         told = crc([np.array([*v.shape, tf.as_dtype(v.dtype).as_datatype_enum]) for v in changed])
-        rows = [[told, len(changed)]] * len(replicas_of(self.replica.steps, self._strategy))
+        stepped = any(optimizer.updated for optimizer in self._optimizers)
+        rows = [[told, stepped]] * len(replicas_of(self.replica.steps, self._strategy))
         with meeting(self._strategy, "the end of a block"):
             found = gather(self._strategy, rows)
-        others = (found != found[0]).any(axis=1)
+        others = found[:, 0] != found[0, 0]
         if others.any():
-            counts = ", ".join(str(count) for count in found[:: len(rows), 1])
+            without = found[:, 1] == 0
+            received = f"{self._workers(without)} has had no batch" if without.any() else "batches"
             raise RuntimeError(
                 "With run_eagerly=True only the steps that a worker has taken tell which "
                 f"variables a step changes, and on {self._workers(others)} they changed others "
-                f"than on {self._workers(~others)}. Received: {counts} variables changed, by "
-                "worker; 0 is a worker that has had no batch. Give every worker a batch in the "
-                "first block, or compile with run_eagerly=False."
+                f"than on {self._workers(~others)}. Received: {received}. Give every worker a "
+                "batch in the first block, or compile with run_eagerly=False."
             )
 
     def forget_assignments(self) -> None:
