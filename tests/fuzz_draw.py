@@ -123,6 +123,11 @@ def draw(seed, workers=1):
     drawn = [name for names in what["layers"].values() for name in names]
     if what["policy"].startswith("mixed") and {"add_loss", "activity"} & set(drawn):
         what["policy"] = "float32"  # Keras cannot add up losses of several dtypes
+    recurrent = [d for d in drawn if d in ("gru", "lstm", "bidirectional", "recurrent dropout")]
+    if len(recurrent) > 1 and what["jit"] is True:  # XLA compiles plain Keras's for minutes
+        what["jit"] = False
+    if what["policy"] == "mixed_float16" and {"spectral", "unit norm"} & set(drawn):
+        what["policy"] = "float32"  # they divide by an epsilon that float16 does not have
 
     what["epochs"] = int(rng.integers(1, 4))
     callbacks = ["ReduceLROnPlateau", "LearningRateScheduler", "EarlyStopping", "SwapEMAWeights"]

@@ -298,3 +298,62 @@ def test_the_learning_rate_where_shares_are_uneven(pair, overlap):
     assert rates == other
     assert [steps for _, steps in rates] == [10, 20]
     alike([weights, its_weights])
+
+
+class Unbuilt(keras.Model):
+    """No call(), and layers that the step is the first to call."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = keras.layers.Dense(3, kernel_initializer="ones")
+        self.norm = keras.layers.BatchNormalization()
+        self.head = keras.layers.Dense(1, kernel_initializer="ones")
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self.head(self.norm(self.hidden(x), training=True))
+            loss = ops.mean(ops.square(y_pred - y))
+        weights = self.hidden.trainable_weights + self.head.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights, strict=True))
+        return {"mine": loss}
+
+
+def unbuilt(strategy, wrap=True):
+    with scope(strategy):
+        model = Unbuilt()
+        inner = keras.optimizers.SGD(0.1)
+        model.compile(tfbm.BlockMomentum(inner, 1, block_momentum=0.0) if wrap else inner)
+    x = np.random.default_rng(0).normal(size=[24, 2]).astype("float32")
+    x = np.repeat(x.reshape(6, 4, 2), 2, axis=0) if strategy else x.reshape(6, 4, 2)
+    data = tf.data.Dataset.from_tensor_slices(x.reshape(-1, 2)).map(lambda x: (x, x[:1]))
+    history = model.fit(
+        data.batch(8 if strategy else 4), verbose=0,
+        callbacks=[tfbm.BlockTraining()] if wrap else [],
+    ).history  # fmt: skip
+    return history["mine"], model.get_weights()
+
+
+@pytest.mark.filterwarnings("ignore:Layer 'unbuilt' looks like it has unbuilt state:UserWarning")
+@pytest.mark.filterwarnings("ignore:`build\\(\\)` was called on layer:UserWarning")
+def test_a_model_that_its_step_builds(pair):
+    """As plain Keras's, which has no need to know the variables before."""
+    want = unbuilt(None, wrap=False)
+    for losses, weights in (unbuilt(None), *pair.run(unbuilt)):
+        np.testing.assert_allclose(losses, want[0], rtol=1e-4)
+        for a, b in zip(weights, want[1], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loop_whose_step_makes_variables():
+    dense, optimizer = keras.layers.Dense(1), tfbm.BlockMomentum(keras.optimizers.SGD(0.1))
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = ops.mean(dense(x))
+        optimizer.apply(tape.gradient(loss, dense.trainable_weights), dense.trainable_weights)
+
+    loop = tfbm.BlockLoop(step, optimizer)
+    data = tf.data.Dataset.from_tensors(tf.ones([2, 3]))
+    with pytest.raises(ValueError, match=r"The step makes variables.*Build the model before"):
+        loop.run(iter(data), 1)

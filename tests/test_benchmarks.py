@@ -53,6 +53,33 @@ def test_elastic_averaging(strategy_of, monkeypatch):
         close([replica_values(w)[j] for w in model.trainable_variables], local[j])
 
 
+def test_evidence(tmp_path, strategy_of, monkeypatch):
+    """One setting of a study with and without block momentum, from the same weights, and the
+    docs' tables from the docs' recorded runs."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import evidence
+    import evidence_report
+
+    losses = {}
+    for setting in evidence.settings(quick=True):
+        if (setting["study"], setting["sync_period"]) == ("acceleration", 8):
+            beta = setting["block_momentum"]
+            if setting["method"] in ("K-AVG", "M-AVG"):
+                row = evidence.Trainer(strategy_of(4), setting).run(setting, 0, quick=True)
+                assert list(row) == list(evidence.FIELDS)
+                assert row["boundaries"] == 10
+                assert row["samples"] == "2048 4096 5120"
+                losses[beta] = [float(loss) for loss in row["loss"].split()]
+    assert losses[0.7][-1] < losses[0.0][-1] < losses[0.0][0]
+
+    docs = BENCHMARKS.parent / "docs"
+    evidence_report.write(docs / "evidence_runs.csv", tmp_path, quick=False)
+    assert (tmp_path / "evidence.md").read_text() == (docs / "evidence.md").read_text()
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert [p.name for p in pictures] == sorted(p.name for p in docs.glob("evidence_*.png"))
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
 @pytest.mark.slow  # three minutes: a fifth of the gate's time
 @pytest.mark.timeout(450)
 def test_evidence_in_small(tmp_path, monkeypatch):

@@ -115,20 +115,21 @@ def test_the_makefile_finds_a_python(tmp_path, found, said):
 
 def test_private_api_is_fenced():
     """Only the room _private touches anything private of Keras, TensorFlow and KerasTuner."""
-    for path in sorted(PACKAGE.rglob("*.py")):
+    sources = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+    trees = {path: ast.parse(source) for path, source in sources.items()}
+    own = {
+        target
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        for target in names_defined(node)
+    }
+    for path, source in sources.items():
         if path.parent.name == "_private":
             continue
-        source = path.read_text()
         assert "tensorflow.python" not in source, path.name
         assert "tf.__internal__" not in source, path.name
         assert "keras.src" not in source, path.name
-        own = {
-            target
-            for other in PACKAGE.rglob("*.py")
-            for node in ast.walk(ast.parse(other.read_text()))
-            for target in names_defined(node)
-        }
-        for node in ast.walk(ast.parse(source)):
+        for node in ast.walk(trees[path]):
             if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
                 public = ast.unparse(node) == "os._exit"  # in spite of its name
                 assert public or node.attr in own, (

@@ -60,20 +60,6 @@ def test_initial_values_of_any_dtype(pair, dtype):
     assert 0 < one.sum() < 40
 
 
-def test_what_tensorflow_lacks_for_it(strategy_of):
-    """Where one of these fails, TensorFlow can do it by itself and `_private` need not: initial
-    values of all dtypes (tensorflow issues 120991, 38404), numbers of distributed variables."""
-    keys = {"group_size": 1, "group_key": 99991, "instance_key": 99991}
-    for dtype in ("bfloat16", "int8"):
-        with pytest.raises((TypeError, tf.errors.OpError)):
-            tf.raw_ops.CollectiveBcastSend(input=tf.zeros([1], dtype), shape=[1], **keys)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
-        v = tf.Variable(1.0)
-    with pytest.raises(TypeError):
-        float(v)
-
-
 def low_rank(strategy):
     """LoRA over weights of int8."""
     with strategy.scope():

@@ -118,12 +118,12 @@ def test_augmentation_crops_and_mirrors(monkeypatch):
 
 @pytest.mark.timeout(300)
 def test_text_transformer_goes_on_from_its_backup(tmp_path, monkeypatch):
-    """Ten modules of the standard library; the second run has one epoch more to do."""
+    """Five modules of the standard library; the second run has one epoch more to do."""
     printed = [
         run(
             tmp_path, "-m", "tf_blockmomentum.launch", "--workers", 2,
             EXAMPLES / "text_transformer.py", "--smoke", "--directory", "out", "--epochs", epochs,
-            limit=140,
+            "--modules", 5, "--layers", 1, "--width", 32, limit=140,
         )
         for epochs in (2, 3)
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def test_text_transformer_goes_on_from_its_backup(tmp_path, monkeypatch):
     import tensorflow as tf
     import text_transformer
 
-    training, held_out = text_transformer.read(10)
+    training, held_out = text_transformer.read(5)
     per_epoch = -(-((len(training) - 1) // 64 // 64) // 5)  # blocks, with K=5
     for text, done in zip(printed, (2, 3), strict=True):
         bits, blocks = re.search(r"validation: (\S+) bits per byte; (\d+) blocks", text).groups()

@@ -32,19 +32,34 @@ def test_one_device_is_plain_keras(seed):
     what = draw(seed)
     want = run(what, wrap=False)
     forget_keras_state()
-    compare(what, run(what), want, "test_one_device_is_plain_keras")
+    if diverges(what, want):
+        with pytest.raises(FloatingPointError):
+            run(what)
+    else:
+        compare(what, run(what), want, "test_one_device_is_plain_keras")
 
 
 @pytest.mark.parametrize("seed", seeds(5, 100))
 def test_two_workers_with_equal_data_are_plain_keras(pair, seed):
     what = draw(seed, workers=2)
     want = run(what, wrap=False)
+    if diverges(what, want):
+        errors = pair.run(run_on_worker, what, limit=200, expect_error=True)
+        assert [error.type for error in errors] == ["FloatingPointError"] * 2
+        return
     for got in pair.run(run_on_worker, what, limit=200):
         compare(what, got, want, "test_two_workers_with_equal_data_are_plain_keras")
 
 
 def run_on_worker(strategy, what):
     return run(what, strategy, copies=2)
+
+
+def diverges(what, want):
+    """Whether plain Keras's weights are no numbers in the end, which is an error in blocks."""
+    weights = [w for name, value in want.items() if name.startswith("weights") for w in value]
+    finite = all(np.isfinite(np.asarray(w, "float64")).all() for w in weights)
+    return not finite and "TerminateOnNaN" not in what["callbacks"]
 
 
 def tolerance(what):

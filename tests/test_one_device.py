@@ -256,3 +256,33 @@ def test_block_loop(pair, hand):
     for worker, (got, its_losses) in enumerate(pair.run(hand_made_loop, hand)):
         np.testing.assert_allclose(got, w, rtol=1e-5)
         np.testing.assert_allclose(its_losses, [pair_[worker] for pair_ in losses], rtol=1e-5)
+
+
+class Bag(keras.Model):
+    """The mean of the embeddings of a ragged row, or of a sparse row's columns."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape=[5, 3], initializer="ones")
+
+    def call(self, x):
+        if isinstance(x, tf.RaggedTensor):
+            return tf.reduce_mean(tf.ragged.map_flat_values(tf.gather, self.table, x), axis=1)
+        return tf.sparse.sparse_dense_matmul(x, self.table)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "sparse"])
+def test_a_model_not_built_of_ragged_and_sparse_inputs(kind):
+    x = tf.ragged.constant([[1], [2, 3], [4], [0, 1, 2]])
+    if kind == "sparse":
+        x = tf.sparse.from_dense(tf.one_hot([1, 2, 4, 0], 5))
+    y = np.arange(12.0, dtype="float32").reshape(4, 3)
+    results = []
+    for wrap in (False, True):
+        model, inner = Bag(), keras.optimizers.SGD(0.1)
+        model.compile(tfbm.BlockMomentum(inner, 1, block_momentum=0.0) if wrap else inner, "mse")
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+        callbacks = [tfbm.BlockTraining()] if wrap else []
+        losses = model.fit(data, epochs=2, verbose=0, callbacks=callbacks).history["loss"]
+        results.append((losses, model.get_weights()))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-5)
+    np.testing.assert_allclose(results[1][1][0], results[0][1][0], rtol=1e-5)

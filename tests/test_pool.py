@@ -109,7 +109,10 @@ def test_an_error_on_all_workers_keeps_them(pair):
     [
         ("raise", 60, ["Worker 1 of 2: KeyError: 'a mistake'", "in fail\n", "just before"]),
         ("hang", 2, ["of 2: no answer: in 2 s", "in fail\n", "in reduce\n", "pool_worker.py"]),
-        ("kill", 60, ["Worker 1 of 2: the process has ended: SIGKILL", "just before"]),
+        pytest.param(
+            *("kill", 60, ["Worker 1 of 2: the process has ended: SIGKILL", "just before"]),
+            marks=pytest.mark.slow,  # each starts two pairs
+        ),
     ],
 )
 def test_others_are_started_after_a_failure_of_one(pair, monkeypatch, how, limit, texts):

@@ -268,3 +268,23 @@ def test_the_best_weights_are_the_next_anchor(pair):
         assert batches == 3 * 6
         # The velocity goes on, as momentum does in Keras.
         assert not np.array_equal(restored[0], after[0])
+
+
+def test_an_assignment_is_the_variables_own():
+    """Not that of another one, which is no more, and whose place in memory it has."""
+    from tf_blockmomentum._private.keras import take_assigned
+
+    seen = set()
+    for _ in range(200):  # a place in memory is soon used again
+        v = keras.Variable(0.0)
+        if id(v) in seen:
+            break
+        seen.add(id(v))
+        v.assign(1.0)
+        v = None
+    else:
+        pytest.skip("no place in memory was used again")
+    assert take_assigned([v]) == []
+    v.assign(2.0)
+    assert take_assigned([v])[0] is v
+    assert take_assigned([v]) == []

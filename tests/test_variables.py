@@ -233,3 +233,58 @@ def test_a_recurrent_state(pair):
     for a, b in zip([*state, *weights], [*other, *its_weights], strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.abs(state[0]).max() > 0.01
+
+
+def plain_variables(strategy, eagerly, data_for=2):
+    """TensorFlow's own variables in a step; only the first workers have data."""
+    data, _ = own_data(strategy)
+    if strategy.cluster_resolver.task_id >= data_for:
+        data = strategy.distribute_datasets_from_function(
+            lambda _: tf.data.Dataset.from_tensor_slices(
+                (np.zeros([0, BATCH, 2], "float32"), np.zeros([0, BATCH, 1], "float32"))
+            )
+        )
+    with strategy.scope():
+        average = tf.Variable(0.0, trainable=False)
+        steps = tf.Variable(0, trainable=False)
+        unused = tf.Variable(7.0, trainable=False)
+
+        class Plain(keras.Sequential):
+            def train_step(self, data):
+                average.assign(0.5 * average + 0.5 * tf.reduce_mean(data[0]))
+                steps.assign_add(1 + strategy.cluster_resolver.task_id)
+                return super().train_step(data)
+
+        model = Plain([keras.Input([2]), keras.layers.Dense(1)])
+        optimizer = tfbm.BlockMomentum(keras.optimizers.SGD(0.01), sync_period=K)
+        model.compile(optimizer, "mse", run_eagerly=eagerly)
+    model.fit(data, verbose=0, callbacks=[tfbm.BlockTraining()])
+    return [v.numpy() for v in (average, steps, unused)], model.get_weights()
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_plain_variables(pair, eagerly):
+    (got, weights), (other, its_weights) = pair.run(plain_variables, eagerly)
+    np.testing.assert_array_equal(got, other)
+    for a, b in zip(weights, its_weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    x = np.random.default_rng(0).normal(size=[STEPS, 2, BATCH, 2]).astype("float32")
+    x[:, 1] += 3
+    want = 0.0
+    for step in range(STEPS):  # linear: the mean of the replicas' own
+        want = 0.5 * want + 0.5 * x[step].mean()
+    np.testing.assert_allclose(got[0], want, rtol=1e-5)
+    assert got[1:] == [STEPS, 7.0]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_a_worker_without_a_batch(pair):
+    """What a step changes is known from its trace, or has to be seen."""
+    (got, weights), (other, its_weights) = pair.run(plain_variables, False, 1)
+    np.testing.assert_array_equal(got, other)
+    for a, b in zip(weights, its_weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for error in pair.run(plain_variables, True, 1, expect_error=True):
+        assert error.type == "RuntimeError"
+        assert "on worker 1 they changed others than on worker 0" in error.text
+        assert "Received: worker 1 has had no batch" in error.text

@@ -278,6 +278,24 @@ def test_a_shard_of_its_own_given_as_arrays(pair):
 # -- metrics -------------------------------------------------------------------------------------
 
 
+def one_generator(strategy, anew):
+    def batches():
+        while True:
+            yield from ((a[i : i + 8], b[i : i + 8]) for a, b in [task()] for i in (0, 8, 16))
+
+    model, generator = linear(strategy), batches()
+    for _ in range(2):
+        x = batches() if anew else generator
+        model.fit(x, steps_per_epoch=3, verbose=0, callbacks=[tfbm.BlockTraining()])
+
+
+def test_one_generator_in_two_fits(pair):
+    pair.run(one_generator, True)  # a warning is an error here
+    for error in pair.run(one_generator, False, expect_error=True):
+        assert error.type == "UserWarning"
+        assert "fit was given a generator that an earlier fit has read from" in error.text
+
+
 def no_data_on_one_worker(strategy, own_logs):
     class Own(keras.Sequential):
         def test_step(self, data):

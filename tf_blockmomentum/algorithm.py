@@ -52,7 +52,7 @@ class Blocks(Settings):
     @property
     def anchors(self) -> list[Any]:
         """The global weights at the last boundary, in the order of `trained_variables`."""
-        return self._of(self._anchors)
+        return self._of(self._anchors) if self.built else []
 
     @property
     def pairs(self) -> list[tuple[Any, Any]]:

@@ -147,7 +147,7 @@ class BlockTraining(keras.callbacks.Callback):
         loop = self.ready_loop(iterator.element_spec)
         total = self.params["steps"]  # None: not known
         steps = model.steps_per_execution
-        left = steps if total is None else total - self._begin
+        left = steps if total is None else max(total - self._begin, 1)  # 0 batches end too
         with _eagerly(model.run_eagerly):
             logs = loop._run(
                 iterator,

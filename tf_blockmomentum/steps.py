@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.optimizer import NotBuilt, find
-from tf_blockmomentum.strategy import BlockStrategy, none_for_marks
+from tf_blockmomentum.strategy import BlockStrategy, none_for_marks, replicas_of
 
 
 class LocalSteps:
@@ -108,13 +108,21 @@ class LocalSteps:
                     f"{wrapper.name!r}. Call optimizer.build(model.trainable_variables), inside "
                     "strategy.scope(), or optimizer.apply(gradients, variables)."
                 )
+            if not all(part.is_initialized() for v in variables
+                       for part in replicas_of(v, self._strategy)):  # fmt: skip
+                raise ValueError(
+                    "The step makes variables: layers that it is the first to call. Received: "
+                    f"{', '.join(sorted(v.path for v in variables)[:3])} without a value. Build "
+                    "the model before the first step: call it once on a batch, or model.build()."
+                )
             with self._strategy.scope():
                 wrapper.build(list(variables))
             self._make()
 
     def _replica_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         # A plain function around the compiled one: strategy.run would lift a bare
-        # tf.function out over all devices, and XLA refuses other devices' variables.
+        # tf.function out over all devices, and XLA refuses other devices' variables
+        # (tensorflow issue 53140).
         data = _keras.none_for_optional(none_for_marks(data))
 
         def take() -> Any:

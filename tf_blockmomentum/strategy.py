@@ -19,6 +19,7 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private.tensorflow import (
     as_a_number,
     broadcast_initial_values_of_any_dtype,
+    remembering,
     set_heartbeat,
     wire_dtype,
 )
@@ -41,6 +42,7 @@ def _per_replica_creator(next_creator, **kwargs):
         kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
         if kwargs.get("trainable") is None:  # ON_READ alone would mean False
             kwargs["trainable"] = True
+        next_creator = remembering(next_creator)
     # Its initial value is sent by the chief, so all workers make the same variables.
     place = f"the making of a variable named {kwargs.get('name')!r}"
     with meeting(tf.distribute.get_strategy(), place):
@@ -302,8 +304,8 @@ def worker_of(strategy):
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
 
 
-# TensorFlow's distributed iterators take no None (an optional input that is not given). A dtype
-# that no model has stands for it on the way.
+# TensorFlow's distributed iterators take no None, an optional input that is not given (tensorflow
+# issue 54900). A dtype that no model has stands for it on the way.
 _NONE = tf.qint32
 
 

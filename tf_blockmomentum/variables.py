@@ -24,7 +24,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum._private.tensorflow import assigned_in
+from tf_blockmomentum._private.tensorflow import assigned_in, variables_made
 
 MOMENTUM, MEAN, SUM, FIRST = "momentum", "mean", "sum", "first"
 MAXIMUM, MINIMUM, ROUNDED = "maximum", "minimum", "rounded mean"  # the mean of whole numbers
@@ -63,18 +63,43 @@ class Rules:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Around a local step, traced or run: notes what it assigns."""
+        eagerly = tf.executing_eagerly()
+        before = self._plain_values() if eagerly else []
         with _keras.assignments_told_to(self._note):
             yield
-        if not tf.executing_eagerly():
+        if eagerly:
+            self._note_changed(before)
+        else:
             self._note_plain_variables()
+
+    def _known(self) -> set[int]:
+        """TensorFlow's variables of which Keras, or an optimizer, tells."""
+        optimizers = [o for o in self._wrappers if o.built]
+        own = [v for o in optimizers for v in o.variables]
+        own += [v for o in self._optimizers if o.built for v in o.built_variables]
+        return self._seen | {id(v.value) for v in own} | set(self._assigned)
+
+    def _plain_values(self) -> list[tuple[Any, np.ndarray]]:
+        """What may be plain variables, and their values in this replica, before a step."""
+        known, made = self._known(), variables_made(tf.distribute.get_strategy())
+        return [
+            (v, tf.convert_to_tensor(v).numpy())
+            for v in made
+            if id(v) not in known and (v.dtype.is_floating or v.dtype.is_integer)
+        ]
+
+    def _note_changed(self, before: list[tuple[Any, np.ndarray]]) -> None:
+        """As `_note_plain_variables`, of a step that ran eagerly: by the values alone."""
+        known = self._known()
+        for variable, value in before:
+            now = tf.convert_to_tensor(variable).numpy()
+            if id(variable) not in known and now.tobytes() != value.tobytes():
+                self._assigned[id(variable)] = variable, _rule_by_value(variable, value)
 
     def _note_plain_variables(self) -> None:
         """Those of TensorFlow's that are no Keras variable's, such as `tf.Variable(...)` of the
         user's own, which Keras does not know."""
-        optimizers = [o for o in self._wrappers if o.built]
-        own = [v for o in optimizers for v in o.variables]
-        own += [v for o in self._optimizers if o.built for v in o.built_variables]
-        known = self._seen | {id(v.value) for v in own}
+        known = self._known()
         for variable, operation in assigned_in(tf.compat.v1.get_default_graph()):
             if id(variable) in known or id(variable) in self._assigned:
                 continue
@@ -144,15 +169,21 @@ def _mean_of(variable: Any) -> str:
 def _default_rule(variable: Any, value: Any) -> str:
     floating = tf.as_dtype(variable.dtype).is_floating
     operation = _operation(value)
-    if operation is None:  # run eagerly: only the values tell
-        now = tf.convert_to_tensor(variable).numpy() if floating else np.zeros(1)
-        if np.all(np.isinf(now)) and np.unique(np.sign(now)).size == 1:
-            return MINIMUM if now.flat[0] > 0 else MAXIMUM
-        return MEAN if floating else FIRST
+    if operation is None:
+        return _rule_by_value(variable, tf.convert_to_tensor(variable).numpy())
     extremum = _through(operation, _AS_IT_IS)
     if extremum.type in ("Maximum", "Minimum") and _reads(extremum, variable):
         return MAXIMUM if extremum.type == "Maximum" else MINIMUM
     return MEAN if floating and _from_variables(operation, value.shape) else FIRST
+
+
+def _rule_by_value(variable: Any, before: np.ndarray) -> str:
+    """In a step that runs eagerly only the value tells, here the one before an assignment."""
+    if not tf.as_dtype(variable.dtype).is_floating:
+        return FIRST
+    if np.all(np.isinf(before)) and np.unique(np.sign(before)).size == 1:
+        return MINIMUM if before.flat[0] > 0 else MAXIMUM
+    return MEAN
 
 
 def _operation(value: Any) -> Any:

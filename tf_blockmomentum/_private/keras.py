@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,9 +23,10 @@ class LocalUpdate(keras.optimizers.Optimizer):
     """Keeps an optimizer's update inside its replica.
 
     Keras's TensorFlow optimizers sum gradients over the replicas and enter
-    `merge_call`. The backend-agnostic base class does neither; these four of its
-    methods are put between an optimizer's own class and the TensorFlow one, so
-    that an optimizer which extends them itself (Nadam) still does.
+    `merge_call`, which a compiled step cannot (keras issue 17187). The
+    backend-agnostic base class does neither; these four of its methods are put
+    between an optimizer's own class and the TensorFlow one, so that an optimizer
+    which extends them itself (Nadam) still does.
     """
 
     _apply_weight_decay = _BaseOptimizer._apply_weight_decay
@@ -72,7 +74,7 @@ def _local_class(cls: Any) -> Any:
     extra = {"__doc__": cls.__doc__, "__module__": cls.__module__, "_keras_class": cls}
     if issubclass(cls, keras.optimizers.LossScaleOptimizer):
         # Its TensorFlow path asks all replicas whether gradients are finite; the
-        # common path asks only this one.
+        # common path asks only this one (keras issue 18666).
         extra["_tf_apply"] = cls._common_apply
     return type(cls.__name__, (cls, LocalUpdate), extra)
 
@@ -169,7 +171,8 @@ def track_block_count(optimizer):
 # -- variables ----------------------------------------------------------------------------
 
 _watchers: list[Callable[[Any, Any], None]] = []
-_assigned_outside: set[int] = set()
+# By id, and weakly: the id of one that is no more may be a new one's.
+_assigned_outside: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def _watch_assignments() -> None:
@@ -186,7 +189,7 @@ def _watch_assignments() -> None:
         for watcher in _watchers:
             watcher(self, value)
         if not _watchers and tf.executing_eagerly():
-            _assigned_outside.add(id(self))
+            _assigned_outside[id(self)] = self
         return original(self, value)
 
     assign._tfbm_original = original  # type: ignore[attr-defined]
@@ -211,8 +214,9 @@ def take_assigned(variables: Iterable[Any]) -> list[Any]:
     with them."""
     if not _assigned_outside:
         return []
-    found = [v for v in variables if id(v) in _assigned_outside]
-    _assigned_outside.difference_update(map(id, found))
+    found = [v for v in variables if _assigned_outside.get(id(v)) is v]
+    for v in found:
+        _assigned_outside.pop(id(v), None)
     return found
 
 
@@ -318,7 +322,11 @@ def build(model: keras.Model, element_spec: Any) -> bool:
     batch = keras.tree.map_structure(shape_and_type, element_spec)
     dense = all(isinstance(s, tf.TensorSpec) for s in keras.tree.flatten(batch) if s is not None)
     if not dense:  # Keras would take ragged and sparse tensors for dense ones
-        return False
+        try:
+            build_with(model, keras.tree.map_structure(_symbolic, batch))
+        except Exception:  # an actual batch, or the step, tells more
+            return False
+        return True
     try:
         with model.distribute_strategy.scope():
             model._symbolic_build(data_batch=batch)
@@ -326,6 +334,8 @@ def build(model: keras.Model, element_spec: Any) -> bool:
         # Without a strategy Keras does not ask for this: a model with a train_step of its own
         # need have no call(). Its optimizers are built by the first step.
         own_step = type(model).train_step is not _TRAIN_STEP
+        if own_step:
+            _make_variables(model, batch)
         return own_step and "Unable to automatically build" in str(error)
     except (TypeError, ValueError):
         # An actual batch tells more: what the model cannot take, or its metrics or loss. The
@@ -336,6 +346,28 @@ def build(model: keras.Model, element_spec: Any) -> bool:
                 optimizer.build(model.trainable_variables)
         return False
     return True
+
+
+def _make_variables(model: keras.Model, batch: Any) -> None:
+    """Makes the variables that a model's own train_step makes, outside any trace: one that is
+    broken off, since only the step knows what its optimizers are for, leaves them without a value.
+    Keras gives them one at the end of its stateless scope, in which nothing else changes."""
+    step = tf.function(model.train_step, autograph=False)
+    own = [o for o in optimizers_of(model, lambda o: o) if not o.built]
+    with model.distribute_strategy.scope(), contextlib.ExitStack() as stack:
+        for optimizer in own:
+            for name in ("apply", "apply_gradients"):
+                setattr(optimizer, name, lambda *args, **kwargs: None)
+                stack.callback(delattr, optimizer, name)
+        with keras.StatelessScope(), contextlib.suppress(Exception):  # the actual trace says more
+            step.get_concrete_function(batch)
+
+
+def _symbolic(spec: Any) -> Any:
+    if spec is None:
+        return None
+    sparse, ragged = isinstance(spec, tf.SparseTensorSpec), isinstance(spec, tf.RaggedTensorSpec)
+    return keras.KerasTensor(spec.shape, spec.dtype.name, sparse=sparse, ragged=ragged)
 
 
 def build_with(model: keras.Model, batch: Any) -> None:

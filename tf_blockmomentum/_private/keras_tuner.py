@@ -5,7 +5,7 @@ def resume_grid_search(oracle):
     """Tells a reloaded grid search where it stands.
 
     KerasTuner 1.4.8 does not save that, and its next trial is a KeyError or the end of the
-    search. Trials start in the grid's order, so it is known.
+    search (keras-tuner issue 1055). Trials start in the grid's order, so it is known.
     """
     for trial_id in oracle.start_order:
         oracle._ordered_ids.insert(trial_id)

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -41,8 +43,8 @@ def broadcast_initial_values_of_any_dtype(strategy: Any) -> None:
     """Lets variables of bfloat16, int8 and others be made on several workers.
 
     Every worker starts from the chief's initial value, which TensorFlow sends through a
-    collective that takes only a few dtypes (tensorflow issues 120991, 38404). The method of
-    the strategy that makes the initial value is private, and so is all around it.
+    collective that takes only a few dtypes. The method of the strategy that makes the initial
+    value is private, and so is all around it.
     """
     extended = strategy.extended
     original = extended._get_variable_creator_initial_value
@@ -87,6 +89,26 @@ def assigned_in(graph: Any) -> list[tuple[Any, Any]]:
             if container is not None:
                 found.append((container, operation))
     return found
+
+
+_made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def remembering(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A variable creator whose variables are among `variables_made`."""
+
+    def creator(**kwargs: Any) -> Any:
+        variable = make(**kwargs)
+        _made[id(variable)] = variable
+        return variable
+
+    return creator
+
+
+def variables_made(strategy: Any) -> list[Any]:
+    """A strategy's variables that are still in use, metrics' not. What a step that runs eagerly
+    assigns leaves no other trace than their values."""
+    return [v for v in list(_made.values()) if v.distribute_strategy is strategy]
 
 
 # What workers tell each other outside collectives: the coordination service, which the strategy

@@ -108,6 +108,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         x, y = wanted.get("x"), wanted.get("y")
         _check_fit(self)
         check_global_batch(_batch_size(x, wanted), strategy)
+        _note_iterator(x, strategy)
         callbacks = wanted.get("callbacks")
         last = _LastCallback()
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -195,7 +196,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         with strategy.local_input():  # only shapes are wanted
             if iterator is not None:
                 # Without drawing a batch, as on one device: it would be missing from the epoch,
-                # or a thread be left that reads ahead (keras issue 20425).
+                # or a thread be left that reads ahead (keras issues 20394, 20425).
                 data = iterator._get_iterator()
                 if not _keras.build(self, data.element_spec):
                     first = next(iter(data))
@@ -338,6 +339,28 @@ def _fingerprint(x: Any, y: Any) -> int:
         return 0
 
 
+_iterators: weakref.WeakSet = weakref.WeakSet()  # that an earlier fit was given
+
+
+def _note_iterator(x: Any, strategy: tf.distribute.Strategy) -> None:
+    """Warns of a generator that an earlier fit has had: workers have read it ahead by different
+    amounts, so that each would go on with other batches than the others share out."""
+    if not hasattr(x, "__next__") or worker_of(strategy)[1] == 1:
+        return
+    try:
+        used = x in _iterators
+        _iterators.add(x)
+    except TypeError:  # an iterator that cannot be referred to weakly
+        return
+    if used:
+        warnings.warn(
+            f"fit was given a {type(x).__name__} that an earlier fit has read from. Workers read "
+            "ahead by different amounts, so they may now share out different batches, of which "
+            "some examples are used twice and others never. Make it anew for each fit.",
+            stacklevel=2,
+        )
+
+
 def _in_order(x: Any, strategy: tf.distribute.Strategy) -> Any:
     """Data of which each worker takes its part of every batch, so that the results come in the
     dataset's order. TensorFlow would share out the files where a dataset reads files."""
@@ -378,7 +401,8 @@ def _any_batch(strategy: tf.distribute.Strategy, marks_none: bool = True) -> Any
 
 @contextlib.contextmanager
 def _without_jit(model):
-    # strategy.run lifts a jitted function out over all devices, which XLA refuses.
+    # strategy.run lifts a jitted function out over all devices, which XLA refuses (tensorflow
+    # issue 53140).
     before, model._jit_compile = model._jit_compile, False
     try:
         yield

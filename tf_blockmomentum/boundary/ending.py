@@ -13,7 +13,7 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.boundary import TOLD, Boundary
 from tf_blockmomentum.boundary.exchange import gather
-from tf_blockmomentum.boundary.header import checksum
+from tf_blockmomentum.boundary.header import checksum, crc
 from tf_blockmomentum.boundary.nonfinite import describe
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 from tf_blockmomentum.variables import Rules
@@ -115,6 +115,8 @@ class Ending:
             progress.note("waits in a boundary")
             told = self._told(ended, stopping, leaving)
             self._settled = False
+            if tf.config.functions_run_eagerly():
+                self._check_steps_alike()
             if self._optimizers[0].overlap:
                 self.send_block(told)
                 # Here all workers have landed the block before; one whose data has ended lands
@@ -223,6 +225,28 @@ class Ending:
         each = len(which) // worker_of(self._strategy)[1]
         found = sorted({int(replica) // max(each, 1) for replica in np.flatnonzero(which)})
         return ("worker " if len(found) == 1 else "workers ") + ", ".join(map(str, found))
+
+    def _check_steps_alike(self) -> None:
+        """Where steps run eagerly, only those taken tell what a step changes. Raises RuntimeError
+        where they have told the workers differently."""
+        if worker_of(self._strategy)[1] == 1:
+            return
+        changed = [*self.replica.travelling, *self.replica.settling]
+        told = crc([np.array([*v.shape, tf.as_dtype(v.dtype).as_datatype_enum]) for v in changed])
+        stepped = any(optimizer.updated for optimizer in self._optimizers)
+        rows = [[told, stepped]] * len(replicas_of(self.replica.steps, self._strategy))
+        with meeting(self._strategy, "the end of a block"):
+            found = gather(self._strategy, rows)
+        others = found[:, 0] != found[0, 0]
+        if others.any():
+            without = found[:, 1] == 0
+            received = f"{self._workers(without)} has had no batch" if without.any() else "batches"
+            raise RuntimeError(
+                "With run_eagerly=True only the steps that a worker has taken tell which "
+                f"variables a step changes, and on {self._workers(others)} they changed others "
+                f"than on {self._workers(~others)}. Received: {received}. Give every worker a "
+                "batch in the first block, or compile with run_eagerly=False."
+            )
 
     def forget_assignments(self) -> None:
         """Those of our own to the weights, which are not the user's."""
