@@ -138,7 +138,7 @@ class BlockLoop:
     @property
     def at_anchor(self) -> bool:
         """Whether no block has begun, and no deltas are in flight."""
-        return self._position == 0 and not self.ending.in_flight
+        return self._position == 0 and not self.ending.flight.under_way
 
     @property
     def drift(self) -> float:
@@ -282,7 +282,7 @@ class BlockLoop:
             self.ending.go_back(found)
             self.ending.weights_set = True
             self._end_block_begun()
-            if self.ending.in_flight:
+            if self.ending.flight.under_way:
                 self.ending.land(flush=True)
         anchors = {id(v): a for o in optimizers for v, a in o.pairs}
         for v, value in zip(found, values, strict=True):

@@ -154,65 +154,6 @@ class Boundary:
 
             tf.cond(self._sent_counts[3] > 0, heal, lambda: None)
 
-    # -- overlap ------------------------------------------------------------------------------
-
-    def begin(self, sums: list[tf.Tensor]) -> None:
-        """With `overlap`: lands the block before (`sums`, if there was one), begins the next."""
-        if sums:
-            self.land(sums)
-
-        def begin_next() -> None:
-            for optimizer in self._optimizers:
-                optimizer.begin_next()
-
-        self._compiled(begin_next)()
-        self._heal()
-
-    def go_back(self, which: list[tf.Tensor]) -> None:
-        """This replica to where it began the block, for the variables that `which` says."""
-        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
-        for v, begin, back in zip(self.trained, begins, which, strict=True):
-            v.assign(tf.where(back, begin, v))
-
-    def send_again(self) -> list[tf.Tensor]:
-        """What was in flight when a backup was written; no data had ended."""
-        taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
-        tensors = [x for optimizer in self._optimizers for x in optimizer.sent]
-        tensors += self.statistics
-        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
-        told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
-        return self._attach(pack(tensors), self._header(told, taking_part > 0, steps, first, 0.0))
-
-    def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """The all-reduce. Returns the sums and, for the host, the status."""
-        sums = sum_packs(packs)
-        return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
-
-    def land(self, sums: list[tf.Tensor], flush: tf.Tensor | None = None) -> None:
-        """The outer step of the block before; with `flush` (None: never) this replica to the
-        anchor, and the statistics' means. Without it they go on as they are: moving averages of
-        a replica's own may be averaged at any later time with the same result."""
-        sums, header = self._detach(sums)
-        numbers = self.header.read(header)
-
-        def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
-                optimizer.land(its_d)
-
-        step = self._compiled(outer_step)
-        tf.cond(numbers["active"] > 0, lambda: step(sums, header), lambda: None)
-        if flush is not None:
-            for optimizer in self._optimizers:
-                optimizer.discard_block()
-        if not self.statistics or (flush is None and not self._skip_nonfinite):
-            return
-        for v, value in zip(self.statistics, self._means(sums, header)[1], strict=True):
-            own = tf.convert_to_tensor(v)
-            if flush is not None:
-                v.assign(tf.where(tf.logical_and(flush, numbers["finite"] > 0), value, own))
-            else:
-                v.assign(tf.where(tf.math.is_finite(own), own, value))
-
     # -- what is sent -------------------------------------------------------------------------
 
     def leave(self, told: tf.Tensor) -> list[tf.Tensor]:
@@ -243,6 +184,11 @@ class Boundary:
         counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
         return self._attach(packs, self._header(told, taking_part, steps, first, square))
+
+    def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The all-reduce. Returns the sums and, for the host, the status."""
+        sums = sum_packs(packs)
+        return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
     def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
@@ -410,6 +356,12 @@ class Boundary:
         for v, anchor, total in zip(self.trained, anchors, sums, strict=True):
             anchor.assign(total * _share(replicas, anchor.dtype))
             v.assign(anchor)
+
+    def go_back(self, which: list[tf.Tensor]) -> None:
+        """This replica to where it began the block, for the variables that `which` says."""
+        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
+        for v, begin, back in zip(self.trained, begins, which, strict=True):
+            v.assign(tf.where(back, begin, v))
 
     def moved(self) -> tf.Tensor:
         """For each trained variable whether it is not at the anchor."""

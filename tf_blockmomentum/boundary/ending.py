@@ -1,6 +1,5 @@
 """The end of a block as the host sees it: what is called, what is in flight, what was told."""
 
-import concurrent.futures
 import functools
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.boundary import TOLD, Boundary
 from tf_blockmomentum.boundary.exchange import gather
+from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
 from tf_blockmomentum.boundary.header import checksum
 from tf_blockmomentum.boundary.nonfinite import describe
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
@@ -47,10 +47,10 @@ class Ending:
         self.on_nonfinite = on_nonfinite
         self.rules = Rules(optimizers, wrappers, averaged)
         skip = on_nonfinite == "skip"
-        self.replica = Boundary(optimizers, strategy, self.rules, jit, skip)
+        kind = OverlappedBoundary if optimizers[0].overlap else Boundary
+        self.replica = kind(optimizers, strategy, self.rules, jit, skip)
         self._known: tuple | None = None  # what the compiled functions were made for
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
-        self._flight: concurrent.futures.Future | None = None  # deltas on their way
+        self.flight = Flight()
         self._boundaries = 0
         self._anchor_told = 0
         self._settled = True
@@ -74,16 +74,17 @@ class Ending:
         replica = self.replica
         replica.ready()
         self.boundary = self._on_replicas(replica.boundary)
-        self._send = self._on_replicas(replica.leave)
-        self._begin = self._on_replicas(replica.begin)
-        self._land = self._on_replicas(replica.land)
-        self._transport = self._on_replicas(replica.transport)
-        self._send_again = self._on_replicas(replica.send_again)
         self._settle = self._on_replicas(replica.settle)
         self._align = self._on_replicas(replica.align)
         self._average = self._on_replicas(replica.average_anchors)
         self._moved = self._on_replicas(replica.moved)
         self._go_back = self._on_replicas(replica.go_back)
+        if isinstance(replica, OverlappedBoundary):
+            self._send = self._on_replicas(replica.leave)
+            self._transport = self._on_replicas(replica.transport)
+            self._begin = self._on_replicas(replica.begin)
+            self._land = self._on_replicas(replica.land)
+            self._send_again = self._on_replicas(replica.send_again)
 
     def _on_replicas(self, replica_fn: Callable) -> Callable:
         @functools.wraps(replica_fn)
@@ -96,11 +97,6 @@ class Ending:
         return self._strategy.experimental_local_results(values)[0].numpy()
 
     # -- the order of things ------------------------------------------------------------------
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether deltas are on their way."""
-        return self._flight is not None
 
     @property
     def all_ended(self) -> bool:
@@ -140,7 +136,7 @@ class Ending:
     def settle(self) -> None:
         """Before somebody looks at the variables: lands what is in flight, and makes all state
         that a boundary leaves alone the same on all replicas."""
-        if self._flight is not None:
+        if self.flight.under_way:
             self.land(flush=True)
         if not self._settled and self.replica.settling:
             with meeting(self._strategy, "a flush"):
@@ -234,8 +230,8 @@ class Ending:
 
     def send_block(self, told: tf.Tensor) -> None:
         """Ends a block: sends its deltas, lands those of the one before, and begins the next."""
-        sums, status = self._arrive() if self._flight else ([], None)
-        self._depart(self._send(told))
+        sums, status = self._arrive() if self.flight.under_way else ([], None)
+        self.flight.depart(self._transport, self._send(told))
         self._begin(sums)
         if status is not None:
             self._take_note(status)
@@ -256,32 +252,18 @@ class Ending:
         """Sends again what was in flight when the present state was written to a backup."""
         self.ready()
         if self._optimizers[0].in_flight:
-            self._depart(self._send_again())
-            assert self._flight is not None
-            self._flight.result()  # others may communicate before the next step
+            self.flight.depart(self._transport, self._send_again())
+            self.flight.wait()  # others may communicate before the next step
 
     def drop(self) -> None:
         """Forgets a block that was interrupted, what is on its way, and what was set."""
         self.weights_set = self._uneven = self._differing = False
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.exception()  # waits: others communicate next
+        self.flight.drop()
         self.replica.steps.assign(0)
 
-    def _depart(self, packs: Any) -> None:
-        """Starts the all-reduce. All workers start theirs in the same order, and no other
-        collective before this one has arrived: nothing else communicates within an epoch."""
-        if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread
-            self._flight = concurrent.futures.Future()
-            self._flight.set_result(self._transport(packs))
-        else:
-            self._flight = self._thread.submit(self._transport, packs)
-
     def _arrive(self) -> tuple[Any, np.ndarray]:
-        assert self._flight is not None
-        flight, self._flight = self._flight, None
         with meeting(self._strategy, "the end of a block"):
-            sums, status = flight.result()
+            sums, status = self.flight.arrive()
             status = self._first(status)
         bad = any(self.replica.header.read(status[:-1])["nonfinite"])
         if bad and self.on_nonfinite == "raise":
