@@ -115,7 +115,14 @@ def undisturbed(tmp_path_factory):
                     "stop": 5,
                 },
                 "unknown length": {"optimizer": "adam", "known_length": False, "stop": 17},
-                "overlap": {"overlap": True, "every": 1, "stop": 18},
+                "overlap": {"overlap": 1.0, "every": 1, "stop": 18},
+                # K=3: at 16 steps a block's deltas have left at 15, and land at 17.
+                "overlap, in flight": {
+                    "overlap": 0.5,
+                    "steps_per_execution": 4,
+                    "every": 1,
+                    "stop": 18,
+                },
             },
         ),
         (

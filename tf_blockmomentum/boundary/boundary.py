@@ -56,6 +56,10 @@ class Boundary:
             # Of the block whose deltas were sent last: whether they are in the mean, whether to
             # stop, steps, and the number of the first tensor not finite.
             self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
+            self._sent_square = tf.Variable(0.0, trainable=False, name="sent_square")
+            # With `overlap` and a schedule: K of the present block, and of the one in flight; 0
+            # for what the schedule says now.
+            self.periods = tf.Variable([0] * 2, dtype=tf.int64, trainable=False, name="periods")
 
     def ready(self) -> None:
         """Makes what depends on the rules, once they are known."""
@@ -76,7 +80,8 @@ class Boundary:
     @property
     def of_this_block(self) -> list[Any]:
         """The part of its state that is about the present block of this replica."""
-        return [self.steps, self._sent_counts, *self._residuals.values()]
+        sent = [self._sent_counts, self._sent_square, self.periods]
+        return [self.steps, *sent, *self._residuals.values()]
 
     @property
     def compressed(self) -> bool:
@@ -136,7 +141,7 @@ class Boundary:
         """The outer step, and this replica to the anchor. Returns the drift."""
         d, others = self._means(sums, header)
         numbers = self.header.read(header)
-        share = _share(numbers["active"])
+        share = share_of(numbers["active"])
         drift = self._optimizers[0].drift(d, numbers["square"] * share)
         for optimizer, its_d in self._by_optimizer(d):
             optimizer.end_block(optimizer.deltas(), its_d, tf.reduce_sum(numbers["steps"]) * share)
@@ -175,6 +180,7 @@ class Boundary:
         if self._optimizers[0].measures_drift:
             square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
             square = tf.where(taking_part, square, 0.0)
+            self._sent_square.assign(square)
         if self.compressed:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
         if self._overlap:
@@ -292,7 +298,7 @@ class Boundary:
         numbers = self.header.read(header)
         active, others = numbers["active"], numbers["finite" if self._overlap else "active"]
         means = [
-            tf.cast(s, v.dtype) * _share(active if i < weights else others, v.dtype)
+            tf.cast(s, v.dtype) * share_of(active if i < weights else others, v.dtype)
             for i, (s, v) in enumerate(
                 zip(unpack(sums, self._wire_specs), self.travelling, strict=True)
             )
@@ -315,7 +321,7 @@ class Boundary:
         sums = iter(sum_over_replicas([*plain, *only_first, *wide]))
         largest = self._extrema(extrema)
         for v in mean:
-            v.assign(next(sums) * _share(replicas, v.dtype))
+            v.assign(next(sums) * share_of(replicas, v.dtype))
         for v, start in zip(total, rules.starts, strict=True):
             value = next(sums) - (replicas - 1) * tf.convert_to_tensor(start)
             v.assign(value)
@@ -354,7 +360,7 @@ class Boundary:
         replicas = self._strategy.num_replicas_in_sync
         sums = sum_over_replicas(list(map(tf.convert_to_tensor, anchors)))
         for v, anchor, total in zip(self.trained, anchors, sums, strict=True):
-            anchor.assign(total * _share(replicas, anchor.dtype))
+            anchor.assign(total * share_of(replicas, anchor.dtype))
             v.assign(anchor)
 
     def go_back(self, which: list[tf.Tensor]) -> None:
@@ -375,7 +381,7 @@ def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
 
 
-def _share(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
+def share_of(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
     """What one of so many has in a mean."""
     exact = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
     return tf.cast(tf.math.reciprocal(tf.maximum(tf.cast(replicas, exact), 1)), dtype)
