@@ -11,6 +11,7 @@ import tensorflow as tf
 from helpers import classifier, crossentropy, dataset, examples, scope
 
 import tf_blockmomentum as tfbm
+from tf_blockmomentum.cost import CostModel
 from tf_blockmomentum.strategy import _check_tf_config
 
 SGD = keras.optimizers.SGD
@@ -93,7 +94,7 @@ def test_overlaps_that_are_no_fraction(overlap, error, words):
         tfbm.BlockMomentum(SGD(), overlap=overlap)
     assert words in str(e.value)
     with pytest.raises(error):
-        tfbm.cost.CostModel(0.1, 1, 1).block(4, 2, overlap=overlap)
+        CostModel(0.1, 1, 1).block(4, 2, overlap=overlap)
 
 
 def test_what_overlap_cannot_do():

@@ -116,12 +116,12 @@ def undisturbed(tmp_path_factory):
                 },
                 "unknown length": {"optimizer": "adam", "known_length": False, "stop": 17},
                 "overlap": {"overlap": 1.0, "every": 1, "stop": 18},
-                # K=3: at 16 steps a block's deltas have left at 15, and land at 17.
+                # Epochs of 10 steps, K=3: the backup at 7 has deltas that left at 6 and land at 8.
                 "overlap, in flight": {
                     "overlap": 0.5,
-                    "steps_per_execution": 4,
+                    "steps_per_execution": 7,
                     "every": 1,
-                    "stop": 18,
+                    "stop": 4,
                 },
             },
         ),
