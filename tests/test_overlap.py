@@ -184,8 +184,9 @@ class Powers:
         self.optimizer.apply([slope[0]], [self.w])
 
 
-@pytest.mark.parametrize("overlap", [0.125, 0.5, 1.0])
-@pytest.mark.parametrize("compression", [None, "float16"])
+@pytest.mark.parametrize(
+    ("overlap", "compression"), [(0.125, None), (0.5, "float16"), (1.0, None)]
+)
 def test_every_local_step_counts_exactly_once(strategy_of, monkeypatch, overlap, compression):
     """Movements that do not depend on the weights: with beta=0 the anchor ends at the mean of
     all that was ever moved, to the bit, wherever calls, blocks and flushes cut it."""
@@ -205,8 +206,9 @@ def test_every_local_step_counts_exactly_once(strategy_of, monkeypatch, overlap,
     assert set(replica_values(task.w)[0][:-1]) == {1.0}
 
 
-@pytest.mark.parametrize("overlap", [0.125, 0.5, 1.0])
-@pytest.mark.parametrize("settings", [{}, {"nesterov": True}])
+@pytest.mark.parametrize(
+    ("overlap", "settings"), [(0.125, {}), (0.5, {"nesterov": True}), (1.0, {})]
+)
 def test_and_belongs_to_the_block_in_which_it_was_taken(strategy_of, overlap, settings):
     """With momentum the anchors are then those without overlap, whenever they land."""
     anchors = {}
@@ -262,7 +264,7 @@ def test_what_is_set_in_flight_is_for_the_outer_step_to_come(strategy_of, settin
     """Where the replicas have begun stays where it was: no movement comes of it."""
     values = {"block_momentum": 0.25, "block_learning_rate": 0.5, "nesterov": True}
     anchors = []
-    for overlap in (False, 0.5, 1.0):
+    for overlap in (False, 0.5):
         task = Powers(strategy_of(2), 12, sync_period=4, block_momentum=0.5, overlap=overlap)
         # Before the outer step of the second block, which with overlap is under way.
         before = 9 if overlap else 7
@@ -272,7 +274,6 @@ def test_what_is_set_in_flight_is_for_the_outer_step_to_come(strategy_of, settin
         task.loop.flush()
         anchors.append(task.w.numpy())
     np.testing.assert_array_equal(anchors[1], anchors[0])
-    np.testing.assert_array_equal(anchors[2], anchors[0])
 
 
 def test_nothing_is_traced_anew_and_the_rest_of_a_block_has_nothing_under_way(strategy_of):
