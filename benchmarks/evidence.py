@@ -165,7 +165,7 @@ class Trainer:
                     sync_period=1,
                     block_momentum=setting["block_momentum"],
                     inner_state=setting["inner_state"],
-                    overlap=setting["overlap"] == "yes",
+                    overlap=1.0 if setting["overlap"] == "yes" else False,
                 )
             optimizer.build(model.trainable_variables)
         x, y = (tf.constant(a) for a in self.train)

@@ -105,7 +105,7 @@ def write(records, folder, quick):
             studies["overlap"],
             studies["acceleration"],
             "Overlap",
-            "`overlap=True`, whose outer step comes one block late",
+            "`overlap=1.0`, whose outer step comes one block late",
         ),
         *prices(
             studies["compression"],

@@ -30,12 +30,12 @@ WIDTHS = (784, 1536, 1536, 768, 10)  # 19 MB of float32
 NO_SYNC = 10**9  # a block that never ends
 FIELDS = ("model", "workers", "link", "family", "method", "k", "steps", "step_seconds",
           "wire_bytes", "model_bytes", "memory", "target_steps")  # fmt: skip
-# Blocks in four forms: name, overlap, compression.
+# Blocks in four forms: name, overlap (with all of the next block), compression.
 FORMS = (
     ("blocks", False, None),
-    ("blocks, overlap", True, None),
+    ("blocks, overlap", 1.0, None),
     ("blocks, float16", False, "float16"),
-    ("blocks, overlap, float16", True, "float16"),
+    ("blocks, overlap, float16", 1.0, "float16"),
 )
 TARGET = 0.5  # training loss of the MLP on its task
 

@@ -43,7 +43,7 @@ class Row:
 
     @property
     def overlap(self):
-        return "overlap" in self.method
+        return 1.0 if "overlap" in self.method else False
 
     @property
     def compressed(self):
@@ -279,7 +279,7 @@ def cost_model(groups):
     )
     counts, cells = (8, 64, 256, 1024), []
     for link in links:
-        for overlap in (False, True):
+        for overlap in (False, 1.0):
             for k in (8, 32):
                 shares = [
                     k * costs[link].step_seconds / costs[link].block(k, n, overlap) for n in counts

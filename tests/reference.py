@@ -134,6 +134,104 @@ def overlapped_m_avg(
     return seen
 
 
+def block_momentum(beta, zeta=1.0, nesterov=False):
+    """The outer step of M-AVG: of (anchor, delta, velocity), the next anchor and velocity."""
+
+    def outer(anchor, delta, velocity):
+        velocity = beta * velocity + zeta * delta
+        return anchor + (beta * velocity + zeta * delta if nesterov else velocity), velocity
+
+    return outer
+
+
+class Constant:
+    """K as a schedule."""
+
+    initial = 1
+
+    def __init__(self, period):
+        self.period = period
+
+    def __call__(self, step, adapted):
+        return self.period
+
+
+def overlapped(
+    weights,
+    batches,
+    gradients,
+    learning_rate,
+    schedule,
+    tau_of,
+    outer,
+    foreseen=True,
+    epoch_steps=None,
+    synchronous_until=0,
+):
+    """Blocks whose mean lands within the next one, in float64, over `batches` as in `m_avg`.
+
+    Args:
+        schedule: K of the block that begins at a step, with what `adapt` said last of a block
+            that has landed.
+        tau_of: function of K: after how many steps of such a block the one before lands.
+        outer: function of (anchor, delta, state), which returns the next of both.
+        foreseen: whether a replica begins where that would lead with its own delta.
+        synchronous_until: blocks that begin before this step land at once, and the anchor
+            becomes the mean.
+
+    Returns every replica's weights after each step, each landed block's length, and the anchors
+    where they landed.
+    """
+    anchor = np.concatenate([np.ravel(w) for w in weights]).astype(np.float64)
+    state, adapted = 0.0, schedule.initial
+    ends = np.cumsum([np.size(w) for w in weights])[:-1]
+
+    def lists(flat):
+        parts = np.split(flat, ends)
+        return [p.reshape(np.shape(w)) for p, w in zip(parts, weights, strict=True)]
+
+    def land(flight):
+        nonlocal anchor, state, adapted
+        deltas, begun, period, length = flight
+        apart = np.mean([((d - deltas.mean(0)) ** 2).sum() for d in deltas])
+        drift = np.sqrt(apart / (anchor**2).sum())
+        if begun < synchronous_until:
+            anchor = anchor + deltas.mean(0)
+        else:
+            anchor, state = outer(anchor, deltas.mean(0), state)
+        if getattr(schedule, "measures_drift", False):
+            new = schedule.adapt(begun, period, drift)
+            adapted = new if length == period else min(new, adapted)
+        lengths.append(length)
+        anchors.append(lists(anchor))
+
+    local = np.stack([anchor] * len(batches[0]))
+    start, flight, position, period = local.copy(), None, 0, schedule(0, adapted)
+    seen, lengths, anchors = [], [], []
+    for step, shares in enumerate(batches):
+        for j, (x, y) in enumerate(shares):
+            _, grads = gradients(lists(local[j]), x, y)
+            local[j] -= learning_rate * np.concatenate([np.ravel(g) for g in grads])
+        position += 1
+        last = step + 1 == len(batches) or (epoch_steps and (step + 1) % epoch_steps == 0)
+        block_ends = position == period or last
+        if flight is not None and (position == tau_of(period) or block_ends):
+            land(flight)
+            local, start, flight = anchor + (local - start), np.stack([anchor] * len(local)), None
+        if block_ends:
+            begun = step + 1 - position
+            flight = (local - start, begun, period, position)
+            start = np.stack(
+                [outer(anchor, d, state)[0] if foreseen else anchor + d for d in flight[0]]
+            )
+            if last or begun < synchronous_until:
+                land(flight)
+                flight, start = None, np.stack([anchor] * len(local))
+            local, position, period = start.copy(), 0, schedule(step + 1, adapted)
+        seen.append([lists(w.copy()) for w in local])
+    return seen, lengths, anchors
+
+
 def local_training(weights, batches, gradients, inner, outer, period, end=lambda states: states):
     """Any method of the family, from its own recursion, in float64.
 

@@ -137,7 +137,7 @@ def test_the_cost_model_is_found_again(tmp_path, monkeypatch):
         for k in (8, 32):
             seconds["no communication", k] = 0.015
             seconds["blocks", k] = cost.step(k, 2)
-            seconds["blocks, overlap, float16", k] = half.step(k, 2, overlap=True)
+            seconds["blocks, overlap, float16", k] = half.step(k, 2, overlap=1.0)
         for (method, k), value in seconds.items():
             common = {"model": "mlp", "workers": 2, "link": link, "family": "ours", "k": k}
             rows.append({**common, "method": method, "steps": k or None, "step_seconds": value})

@@ -11,6 +11,7 @@ import tensorflow as tf
 from helpers import classifier, crossentropy, dataset, examples, scope
 
 import tf_blockmomentum as tfbm
+from tf_blockmomentum.cost import CostModel
 from tf_blockmomentum.strategy import _check_tf_config
 
 SGD = keras.optimizers.SGD
@@ -78,17 +79,28 @@ def test_an_outer_optimizer_and_what_it_replaces(given):
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("overlap", "error", "words"),
     [
-        {"sync_period": tfbm.schedules.GrowingPeriod(2, 10, 8)},
-        {"outer_optimizer": keras.optimizers.SGD(1.0)},
-        {"inner_state": "average"},
+        (1.5, ValueError, "above 0 and up to 1"),
+        (0, ValueError, "Received: 0. For no overlap give overlap=False"),
+        (-0.5, ValueError, "Received: -0.5"),
+        (float("nan"), ValueError, "Received: nan"),
+        ("half", TypeError, "Received: 'half'. Give it as a number"),
+        (None, TypeError, "Received: None"),
     ],
 )
-def test_what_overlap_cannot_do(given):
-    with pytest.raises(ValueError, match="overlap=True needs a number for `sync_period`, no") as e:
-        tfbm.BlockMomentum(SGD(), overlap=True, **given)
-    assert f"{next(iter(given))}=" in str(e.value).partition("Received")[2]
+def test_overlaps_that_are_no_fraction(overlap, error, words):
+    with pytest.raises(error, match=r"`overlap` must be False, True \(half of the") as e:
+        tfbm.BlockMomentum(SGD(), overlap=overlap)
+    assert words in str(e.value)
+    with pytest.raises(error):
+        CostModel(0.1, 1, 1).block(4, 2, overlap=overlap)
+
+
+def test_what_overlap_cannot_do():
+    with pytest.raises(ValueError, match='With `overlap`, `inner_state` must be "keep"') as e:
+        tfbm.BlockMomentum(SGD(), overlap=0.5, inner_state="average")
+    assert "Received: overlap=0.5, inner_state='average'" in str(e.value)
 
 
 def test_compression_that_is_not_known():

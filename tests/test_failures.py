@@ -116,10 +116,17 @@ def undisturbed(tmp_path_factory):
                 },
                 "overlap, unknown length": {
                     "optimizer": "adam",
-                    "overlap": True,
+                    "overlap": 1.0,
                     "known_length": False,
                     "every": 1,
                     "stop": 18,
+                },
+                # Epochs of 10 steps, K=3: the backup at 7 has deltas that left at 6 and land at 8.
+                "overlap, in flight": {
+                    "overlap": 0.5,
+                    "steps_per_execution": 7,
+                    "every": 1,
+                    "stop": 4,
                 },
             },
         ),

@@ -94,8 +94,10 @@ def train(strategy, directory, at=None, what=None, overlap=False, epochs=4):
     }
 
 
-@pytest.mark.parametrize(("what", "code"), [(stop, None), (reclaim, 143)])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("what", "code", "overlap"),
+    [(stop, None, False), (reclaim, 143, False), (stop, None, 0.25), (reclaim, 143, 1.0)],
+)
 def test_stopped_within_an_epoch_and_started_again(pair, tmp_path, what, code, overlap):
     """Bit-identical, histories and best values too, and not taken for finished. After SIGTERM the
     script ends there."""

@@ -147,6 +147,11 @@ def test_config_round_trip():
     assert again.inner_optimizer.get_config() == inner.get_config()
     assert made.get_config()["inner_optimizer"]["class_name"] == "AdamW"
     assert again.outer_optimizer.get_config() == made.outer_optimizer.get_config()
+    for given, kept in ((False, False), (True, 0.5), (0.25, 0.25), (1, 1.0)):
+        # A configuration may hold True or False, as it was once written.
+        config = {**made.get_config(), "overlap": given}
+        loaded = tfbm.BlockMomentum.from_config(config)
+        assert (loaded.overlap, type(loaded.get_config()["overlap"])) == (kept, type(kept))
 
 
 def test_own_inner_class_survives_a_round_trip():

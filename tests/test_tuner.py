@@ -284,7 +284,7 @@ def test_predicted_seconds_are_the_cost_models(tmp_path, monkeypatch, strategy_o
     # 21 float32 weights; a ring of two sends each worker's 84 bytes once, at 125 bytes/s.
     boundary = 84 / 125
     seconds = [o.value[0] for o in trial.metrics.get_history("predicted_seconds")]
-    if overlap:  # half of it, under 8 s of steps
+    if overlap:  # half of it, under 4 s of steps
         boundary = 0.0
     assert seconds == [pytest.approx(24 * 2.0 + 6 * boundary)]  # at the best epoch, the last
     assert trial.score > goal.give_up
@@ -315,8 +315,12 @@ def test_cost_model_by_hand():
     assert cost.throughput(32, 8, 4) == pytest.approx(32 * 4 / cost.step(8, 4))
     assert cost.boundary(1) == 0.1  # nobody to talk to
     # With overlap, what the 8 or 64 steps leave of the 0.306 s of messages.
-    assert cost.block(8, 4, overlap=True) == pytest.approx(0.1 + 0.306)
-    assert cost.block(64, 4, overlap=True) == pytest.approx(0.1 + 0.64)
+    assert cost.block(8, 4, overlap=1.0) == pytest.approx(0.1 + 0.306)
+    assert cost.block(64, 4, overlap=1.0) == pytest.approx(0.1 + 0.64)
+    # Of half of the next block, and then the other half; of 16 of 64 steps.
+    assert cost.block(8, 4, overlap=True) == pytest.approx(0.1 + 0.306 + 0.04)
+    assert cost.block(64, 4, overlap=0.5) == pytest.approx(0.1 + 0.64)
+    assert cost.block(64, 4, overlap=0.25) == pytest.approx(0.1 + 0.306 + 0.48)
     assert parse_bandwidth("100mbit") == parse_bandwidth("100 Mbit/s") == 12.5e6
     assert parse_bandwidth("0.5kbps".replace("bps", "bit")) == 62.5
 

@@ -47,7 +47,6 @@ def equal_on_all(saw, prefix=""):
         (0, False, {"sync_period": 3, "block_momentum": 0.5}),
         (1, True, {"sync_period": 4, "block_momentum": 0.9, "nesterov": True}),
         (2, False, {"sync_period": 1, "block_momentum": 0.0}),
-        (3, True, {"sync_period": 2, "block_momentum": 0.5, "overlap": True}),
     ],
 )
 def test_weights_at_boundaries_are_those_of_m_avg(workers, seed, jit, settings):
@@ -57,26 +56,20 @@ def test_weights_at_boundaries_are_those_of_m_avg(workers, seed, jit, settings):
     saw = workers.run(programs.oracle, x, y, jit, settings)
     equal_on_all(saw, "start_")
     batches = [[(x[s, j], y[s, j]) for j in range(count)] for s in range(7)]
-    overlap = settings.get("overlap", False)
-    method = reference.overlapped_m_avg if overlap else reference.m_avg
-    boundaries = method(
+    anchors, before = reference.m_avg(
         [saw[0]["start_kernel"], saw[0]["start_bias"]],
         batches * 2, reference.softmax_gradients, learning_rate=0.1, epoch_steps=7,
-        **{name: value for name, value in settings.items() if name != "overlap"},
+        **settings,
     )  # fmt: skip
-    if not overlap:  # all replicas are at the anchor
-        anchors, before = boundaries
-        assert all(len(replicas) == count for replicas in before)
-        boundaries = [[anchor] * count for anchor in anchors]
+    assert all(len(replicas) == count for replicas in before)
     period = settings["sync_period"]
     ends = [s for s in range(1, 15) if (s - 1) % 7 % period == period - 1 or s % 7 == 0]
-    assert all(own["blocks"] == len(ends) == len(boundaries) for own in saw)
-    for end, want in zip(ends, boundaries, strict=True):
+    assert all(own["blocks"] == len(ends) == len(anchors) for own in saw)
+    for end, want in zip(ends, anchors, strict=True):
         for j, own in enumerate(saw):
             at = [own["kernels"][end - 1], own["biases"][end - 1]]
-            close(at, want[j])
-            if not overlap or end % 7 == 0:
-                np.testing.assert_array_equal(at[0], saw[0]["kernels"][end - 1])
+            close(at, want)
+            np.testing.assert_array_equal(at[0], saw[0]["kernels"][end - 1])
             if j and end - 1 not in ends and end > 1:
                 inside = own["kernels"][end - 2]
                 assert not np.array_equal(inside, saw[0]["kernels"][end - 2])
@@ -102,7 +95,9 @@ def test_fit(workers, tmp_path):
 
 
 @on("pair", "triple", slow=["pair"])
-@pytest.mark.parametrize(("steps_per_execution", "overlap"), [(1, False), (3, False), (2, True)])
+@pytest.mark.parametrize(
+    ("steps_per_execution", "overlap"), [(1, False), (3, False), (2, 1.0), (1, 0.5)]
+)
 def test_uneven_data(workers, steps_per_execution, overlap):
     """Everyone ends, a worker without steps left is not in the mean."""
     x, y = programs.oracle_data(workers.workers, 10, seed=9)
@@ -119,9 +114,18 @@ def uneven_m_avg(kernel, x, y, epochs, overlap):
     anchor = np.append(kernel.astype("float64"), np.zeros([1, 3]), axis=0)
     velocity = np.zeros_like(anchor)
     blocks = 0
+
+    def land(anchor, velocity, deltas):
+        velocity = 0.5 * velocity + np.mean(list(deltas.values()), axis=0)
+        return anchor + velocity, velocity
+
     for _ in range(epochs):
         start, late = [anchor] * len(steps), None
         for begin in range(0, 10, 4):
+            base = start
+            if late is not None:  # the mean lands within this block, after half of it or all
+                anchor, velocity = land(anchor, velocity, late)
+                base = [anchor] * len(steps)
             deltas = {}
             for j, count in enumerate(steps):
                 local = start[j].copy()
@@ -130,16 +134,18 @@ def uneven_m_avg(kernel, x, y, epochs, overlap):
                         [local[:-1], local[-1]], x[s, j], y[s, j]
                     )
                     local -= 0.1 * np.append(grads[0], grads[1][None], axis=0)
+                    if s + 1 == begin + 4 * overlap:
+                        local, start[j] = base[j] + (local - start[j]), base[j]
                 if begin < count:
                     deltas[j] = local - start[j]
-            arrived, late = (late, deltas) if overlap else (deltas, None)
-            for landing in (arrived, late if begin == 8 else None):
-                if landing is not None:
-                    velocity = 0.5 * velocity + np.mean(list(landing.values()), axis=0)
-                    anchor = anchor + velocity
+            late = deltas
+            if not overlap or begin == 8:
+                anchor, velocity = land(anchor, velocity, deltas)
+                late = None
             # Those whose data has ended do not train any more.
             start = [
-                anchor + overlap * (0.5 * velocity + deltas.get(j, 0)) for j in range(len(steps))
+                anchor + bool(overlap) * (0.5 * velocity + deltas.get(j, 0))
+                for j in range(len(steps))
             ]
             blocks += 1
     return anchor[:-1], blocks

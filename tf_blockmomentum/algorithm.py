@@ -21,7 +21,7 @@ class Blocks(Settings):
     inner_optimizer: Any
     outer_optimizer: Any
     inner_state: str
-    overlap: bool
+    overlap: float | bool
     _blocks: Any
 
     without_momentum: set[int] = frozenset()  # type: ignore[assignment]
@@ -31,6 +31,7 @@ class Blocks(Settings):
     _adapted: Any
     _sent: list[Any]
     _in_flight: Any
+    _ahead: Any
     _initial_slots: list[tuple[Any, float]]
     _updated: set[int]
 
@@ -90,6 +91,9 @@ class Blocks(Settings):
         """
         self.take_outer_step(deltas, d)
         self._reset_inner_state()
+        self._count_block(steps)
+
+    def _count_block(self, steps):
         self._blocks.assign_add(1)
         if self.scheduled:
             self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
@@ -127,7 +131,7 @@ class Blocks(Settings):
             if w.constraint is not None:
                 anchor.assign(w.constraint(anchor))
 
-    # -- overlap: the outer step comes one block late ----------------------------------------
+    # -- overlap: the outer step comes within the next block ----------------------------------
 
     def keep_deltas(self, deltas):
         """Ends a block in this replica: these are on their way from now on."""
@@ -137,15 +141,37 @@ class Blocks(Settings):
 
     def begin_next(self):
         """Begins the next block where the outer step to come would lead if all replicas' deltas
-        were this one's."""
+        were this one's, or where the replica is if that cannot be foretold."""
         self._reset_inner_state()
+        beta, zeta = self.block_momentum, self.block_learning_rate
+        if beta is None:  # an outer optimizer
+            ahead = (0.0, 1.0)
+        elif self.nesterov:  # beta (beta v + zeta delta) + zeta delta
+            ahead = (beta * beta, (beta + 1) * zeta)
+        else:
+            ahead = (beta, zeta)
+        self._ahead.assign(ahead)
         for w, x in zip(self.trained_variables, self.begins(), strict=True):
             w.assign(x)
 
-    def land(self, d):
-        """The outer step of the block before, with its mean delta."""
+    def step_off(self):
+        """Before the outer step of the block before lands within the next one: what this replica
+        has moved since that began takes the place of its weights."""
+        for w, x in zip(self.trained_variables, self.begins(), strict=True):
+            w.assign(ops.subtract(w, x))
+
+    def land(self, d, steps):
+        """The outer step of the block before, with its means, as in `end_block`."""
         self._move_anchor(d)
-        self._blocks.assign_add(1)
+        self._count_block(steps)
+
+    def step_on(self):
+        """After it: w_j = anchor + (w_j - start_j). What was moved meanwhile belongs to the delta
+        of this block."""
+        self._in_flight.assign(False)
+        for w, anchor in zip(self.trained_variables, self.anchors, strict=True):
+            value = ops.add(anchor, w)
+            w.assign(value if w.constraint is None else w.constraint(value))
 
     @property
     def sent(self):
@@ -158,25 +184,25 @@ class Blocks(Settings):
         return self.overlap and bool(self._in_flight.numpy())
 
     def begins(self):
-        """Where this replica began the block, in replica context."""
+        """Where this replica began the block, in replica context: until the mean of the block
+        before has landed start_j, which its state tells, and from then on the anchor."""
         if not self.overlap:
             return list(map(ops.convert_to_tensor, self.anchors))
-        beta, zeta = self.block_momentum, self.block_learning_rate
         outer, anchors = self.outer_optimizer, self.anchors
-        velocities = self.sent  # times 0
-        if beta:
+        velocities = [None] * len(anchors)
+        if self.block_momentum is not None and outer.momentums:
             velocities = [outer.momentums[_keras.index_of(outer, a)] for a in anchors]
         in_flight = ops.convert_to_tensor(self._in_flight)
+        # As they were when the block began: they may have been set since.
+        of_velocity, of_sent = tf.unstack(ops.convert_to_tensor(self._ahead))
         begins = []
         for w, anchor, sent, v in zip(
             self.trained_variables, anchors, self.sent, velocities, strict=True
         ):
             anchor, sent = ops.convert_to_tensor(anchor), ops.convert_to_tensor(sent)
-            step = zeta * sent
-            if beta:
-                step = beta * v + step
-                if self.nesterov:
-                    step = beta * step + zeta * sent
+            step = tf.cast(of_sent, sent.dtype) * sent
+            if v is not None:
+                step = tf.cast(of_velocity, sent.dtype) * ops.convert_to_tensor(v) + step
             begin = anchor + step
             if w.constraint is not None:
                 begin = w.constraint(begin)
@@ -217,13 +243,21 @@ class Blocks(Settings):
         return getattr(self.sync_period, "measures_drift", False)
 
     @property
+    def warming_up(self):
+        """Whether the block that begins is a step of a synchronous warm start."""
+        return self._warm_up > 0 and int(self._global_step.numpy()) < self._warm_up
+
+    @property
     def period(self):
-        """K of the present block, an int."""
+        """K of the block that begins where all blocks have landed, an int."""
+        return self.period_after(0)
+
+    def period_after(self, steps):
+        """K of the block that begins after so many steps of blocks that have not landed."""
         if not self.scheduled:
             return self.sync_period
-        return schedules.period_of(
-            self.sync_period, int(self._global_step.numpy()), int(self._adapted.numpy())
-        )
+        begins = int(self._global_step.numpy()) + steps
+        return schedules.period_of(self.sync_period, begins, int(self._adapted.numpy()))
 
     def adapt_period(self, period, steps, drift):
         """Tells the schedule of a block that has ended, `steps` of its `period` long."""

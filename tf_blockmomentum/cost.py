@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+from tf_blockmomentum.schedules import check_overlap, landing_step
+
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -17,8 +19,8 @@ class CostModel:
     $$t_{step} + \frac1K \left(t_0 + \frac{2(P-1)}{P}\,\frac{bytes}{bandwidth}
     + 2(P-1)\,latency\right)$$
 
-    With `overlap` the messages travel while the next $K$ steps compute, and a block takes
-    $t_0$ and the longer of the two.
+    With `overlap` (as in `BlockMomentum`) the messages travel while the first $\tau$ of the
+    next $K$ steps compute. A block takes $t_0$, the longer of the two, and the other steps.
 
     Every number that comes out is a prediction; it leaves out stragglers, and a
     transport that is slower than its link (measure that one, and pass its speed).
@@ -59,8 +61,9 @@ class CostModel:
 
     def block(self, sync_period, replicas, overlap=False):
         """Seconds of one block and its boundary."""
-        steps, messages = sync_period * self.step_seconds, self.messages(replicas)
-        return self.boundary_seconds + (max(steps, messages) if overlap else steps + messages)
+        hidden = landing_step(check_overlap(overlap), sync_period) * self.step_seconds
+        rest = sync_period * self.step_seconds - hidden
+        return self.boundary_seconds + max(hidden, self.messages(replicas)) + rest
 
     def step(self, sync_period, replicas, overlap=False):
         """Seconds of one step, its share of the boundary included."""

@@ -138,7 +138,7 @@ class BlockLoop:
     @property
     def at_anchor(self) -> bool:
         """Whether no block has begun, and no deltas are in flight."""
-        return self._position == 0 and not self.ending.in_flight
+        return self._position == 0 and not self.ending.flight.under_way
 
     @property
     def drift(self) -> float:
@@ -198,8 +198,7 @@ class BlockLoop:
         self.begin()
         logs, remaining = None, steps
         while remaining > 0:
-            period = self.optimizers[0].period
-            wanted = min(remaining, max(period - self._position, 1))
+            wanted = min(remaining, max(self.ending.next_stop - self._position, 1))
             first, self._lookahead = self._lookahead, None
             first = first[1] if first and first[0] is iterator else None
             with explaining_xla(self._jit):
@@ -213,8 +212,7 @@ class BlockLoop:
             if peek and not ended:
                 ended = not bool(following.has_value())
                 self._lookahead = None if ended else (iterator, following)
-            if ended or self._position >= period:
-                self._end_block(ended)
+            self._come_to_a_stop(ended)
             if ended:
                 over = taken < wanted or not last
                 self._finished = weakref.ref(iterator) if over else lambda: None
@@ -229,8 +227,7 @@ class BlockLoop:
         self.begin()
         logs = self._local_steps.one_step(data)[0]
         self._position += 1
-        if self._position >= self.optimizers[0].period:
-            self._end_block(ended=False)
+        self._come_to_a_stop(ended=False)
         return logs
 
     def prepare(self, trace: Callable[[], Any]) -> None:
@@ -282,7 +279,7 @@ class BlockLoop:
             self.ending.go_back(found)
             self.ending.weights_set = True
             self._end_block_begun()
-            if self.ending.in_flight:
+            if self.ending.flight.under_way:
                 self.ending.land(flush=True)
         anchors = {id(v): a for o in optimizers for v, a in o.pairs}
         for v, value in zip(found, values, strict=True):
@@ -353,6 +350,14 @@ class BlockLoop:
     def log_specs(self) -> Any:
         """What a step returns, if one has been traced."""
         return self._local_steps.specs
+
+    def _come_to_a_stop(self, ended: bool) -> None:
+        """What is to be done at this step, if anything: the block ends, or the mean of the one
+        before lands in it."""
+        if ended or self._position >= self.ending.period:
+            self._end_block(ended)
+        elif self._position >= self.ending.next_stop:
+            self.ending.land_within()
 
     def _end_block_begun(self) -> None:
         if self._position:

@@ -73,25 +73,43 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
             go back to their initial values, which lets momentum SGD and Adam bear a
             large beta (Adam's bias correction goes on by the step). "average": they are
             averaged as the weights are, which makes the all-reduce that much larger.
-        overlap: True lets the all-reduce of a block's deltas run while the next block
-            computes; the outer step then comes one block late (below). Needs a number
-            for `sync_period`, no `outer_optimizer`, and not `inner_state="average"`.
+        overlap: the fraction of the next block, above 0 and up to 1, during which a
+            block's deltas may travel while it computes (below); True is 0.5, and False, the
+            default, lets everybody wait. Not with `inner_state="average"`.
         name: optional name.
 
-    With `overlap`, at the end of a block, $\delta_j$ is what replica $j$ moved in it and
-    $m$ the mean delta of the block *before*, which has arrived meanwhile:
+    With `overlap` the deltas leave at the end of a block, and the next one begins at a
+    start $s_j$ of the replica's own. After $\tau = \lceil overlap \cdot K \rceil$ of its
+    local steps the mean $d$ lands: the same steps on every worker, whatever the timing; one
+    that has no mean by then waits for it.
 
     $$\begin{aligned}
-    v &\leftarrow \beta v + \zeta m, \qquad \text{anchor} \leftarrow \text{anchor} + v\\
-    w_j &\leftarrow \text{anchor} + \beta v + \zeta \delta_j
+    \text{end of a block:}\quad \delta_j &\leftarrow w_j - \text{anchor}, \qquad
+    w_j \leftarrow s_j = \text{anchor} + \beta v + \zeta \delta_j\\
+    \text{after } \tau \text{ steps:}\quad v &\leftarrow \beta v + \zeta d, \qquad
+    \text{anchor} \leftarrow \text{anchor} + v, \qquad
+    w_j \leftarrow \text{anchor} + (w_j - s_j)
     \end{aligned}$$
 
-    The last line is the outer step that is still to come, with the replica's own delta for
-    the mean that is on its way: where the anchor would be if all replicas had moved alike.
-    Their momentum is shared, so they part by no more than their deltas differ. A flush lands
-    what is in flight and starts the next block from the anchor; so do the ends of epochs.
-    Delayed averaging from the stale anchor, as in CO2, has no such term and diverges with
-    block momentum. Prefer it off where the network is fast, or shards are unlike.
+    $s_j$ is the outer step that is still to come with the replica's own delta for the mean:
+    where the anchor would be if all had moved alike. It is off by $\zeta (\delta_j - d)$,
+    which the last line takes back: $w_j - s_j$, what the replica has moved meanwhile, is put
+    onto the anchor as soon as that is known, and the next $\delta_j$ is all that it moves in
+    its block, before the landing and after. So every local step counts exactly once, and were
+    gradients the same everywhere, the anchors would be those without overlap. What it costs
+    is $\tau$ steps with gradients from beside the anchor: little for like shards, and for
+    unlike ones less the smaller $\tau$ is. At 1.0 the mean lands where the next block ends,
+    the outer step comes a whole block late, and the transfer has all of it to hide behind.
+    Take the smallest fraction that hides the transfer.
+
+    With `nesterov`, $s_j = \text{anchor} + \beta(\beta v + \zeta\delta_j) +
+    \zeta\delta_j$. What an `outer_optimizer` will do is not foretold: $s_j =
+    \text{anchor} + \delta_j$, the replica starts from where it is. Statistics land in the
+    same way: their mean, and what the replica's own have changed by since they were sent.
+    With a schedule, K of a block is decided when it begins: the steps of the block in flight
+    are counted in, its drift is not known yet. A synchronous warm start does not overlap.
+    A shorter block, a flush and the end of an epoch land what is in flight. Delayed
+    averaging from the stale anchor, as in CO2, diverges with block momentum.
 
     Memory: two more copies of the trainable weights than the inner optimizer alone
     (anchor, velocity), one when `block_momentum` is 0; with an `outer_optimizer` the
@@ -151,13 +169,12 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
         self.inner_optimizer = inner_optimizer
         self.sync_period = schedules.check_schedule(sync_period)
         self.inner_state = inner_state
-        self.overlap = bool(overlap)
-        if overlap and (self.scheduled or inner_state == "average" or outer_optimizer):
+        self.overlap = schedules.check_overlap(overlap)
+        if self.overlap and inner_state == "average":
             raise ValueError(
-                "overlap=True needs a number for `sync_period`, no `outer_optimizer` (it has to "
-                'foretell the outer step) and an `inner_state` of "keep" or "reset" (averages '
-                f"would come a block late). Received: sync_period={sync_period!r}, "
-                f"outer_optimizer={outer_optimizer!r}, inner_state={inner_state!r}."
+                'With `overlap`, `inner_state` must be "keep" or "reset": the mean of a second '
+                "moment that lands late, and what a replica's own has changed by meanwhile, can "
+                f"come to less than 0. Received: overlap={overlap!r}, inner_state={inner_state!r}."
             )
         momentum = {
             "block_momentum": block_momentum,
@@ -331,6 +348,11 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
                 self._sent = self.add_optimizer_variables(variables, "sent")
                 self._in_flight = self.add_variable(
                     shape=(), initializer="zeros", dtype="bool", name="in_flight"
+                )
+                # What of the velocity, and of its delta in flight, a replica begins ahead of the
+                # anchor by.
+                self._ahead = self.add_variable(
+                    shape=(2,), initializer="zeros", dtype="float64", name="ahead"
                 )
             if self.scheduled:
                 self._global_step = self._counter("global_step", 0)

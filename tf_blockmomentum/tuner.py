@@ -26,6 +26,7 @@ from tf_blockmomentum import launch
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.optimizer import BlockMomentum, find
+from tf_blockmomentum.schedules import check_overlap
 from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 from tf_blockmomentum.tuner_report import as_text, heat_map, published_rules, results_table
 from tf_blockmomentum.tuner_trial import StopAtTarget, TimeToTarget, TrialTraining, time_to_target
@@ -129,7 +130,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
         self._inner = inner_learning_rate and _bounds(
             INNER, inner_learning_rate, numbers.Real, "numbers above 0", lambda lr: lr > 0
         )
-        self._overlap = bool(overlap)
+        self._overlap = check_overlap(overlap)
         self.workers = Workers(None)  # distribute() sets others
         super().__init__(getattr(hypermodel, "name", None))
 

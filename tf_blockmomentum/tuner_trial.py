@@ -123,7 +123,7 @@ class TrialTraining(BlockTraining):
         super().__init__(jit_compile)
         self.workers, self.objective = workers, objective
         self.left, self.error = False, None
-        self._steps, self._boundaries = _Durations(), _Durations()
+        self._steps, self._boundaries, self._landings = (_Durations() for _ in range(3))
         self._tested = None
 
     def leave(self, error=None):
@@ -157,8 +157,12 @@ class TrialTraining(BlockTraining):
         loop: Any = super().ready_loop(element_spec)
         if fresh:
             loop.take_steps = self._steps.of(loop.take_steps, lambda result: result[0])
-            for name in ("meet", "send_block"):  # without overlap, and with it
-                timed = self._boundaries.of(getattr(loop.ending, name), lambda _: 1)
+            for name, durations in (
+                ("meet", self._boundaries),  # without overlap
+                ("send_block", self._boundaries),  # with it
+                ("land_within", self._landings),
+            ):
+                timed = durations.of(getattr(loop.ending, name), lambda _: 1)
                 setattr(loop.ending, name, timed)
         return loop
 
@@ -194,7 +198,8 @@ class TrialTraining(BlockTraining):
         super().on_epoch_end(epoch, logs)
         optimizer = find(self.model.optimizer)
         steps, blocks = int(optimizer.iterations.numpy()), optimizer.blocks
-        step, boundary = self._steps.median(), self._boundaries.median()
+        step = self._steps.median()
+        boundary = self._boundaries.median() + self._landings.median()
         logs[MEASURED] = steps * step + blocks * boundary
         goal = self.objective
         if isinstance(goal, TimeToTarget) and goal.bandwidth is not None:

@@ -56,6 +56,10 @@ class Boundary:
             # Of the block whose deltas were sent last: whether they are in the mean, whether to
             # stop, steps, and the number of the first tensor not finite.
             self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
+            self._sent_square = tf.Variable(0.0, trainable=False, name="sent_square")
+            # With `overlap` and a schedule: K of the present block, and of the one in flight; 0
+            # for what the schedule says now.
+            self.periods = tf.Variable([0] * 2, dtype=tf.int64, trainable=False, name="periods")
 
     def ready(self) -> None:
         """Makes what depends on the rules, once they are known."""
@@ -76,7 +80,8 @@ class Boundary:
     @property
     def of_this_block(self) -> list[Any]:
         """The part of its state that is about the present block of this replica."""
-        return [self.steps, self._sent_counts, *self._residuals.values()]
+        sent = [self._sent_counts, self._sent_square, self.periods]
+        return [self.steps, *sent, *self._residuals.values()]
 
     @property
     def compressed(self) -> bool:
@@ -136,7 +141,7 @@ class Boundary:
         """The outer step, and this replica to the anchor. Returns the drift."""
         d, others = self._means(sums, header)
         numbers = self.header.read(header)
-        share = _share(numbers["active"])
+        share = share_of(numbers["active"])
         drift = self._optimizers[0].drift(d, numbers["square"] * share)
         for optimizer, its_d in self._by_optimizer(d):
             optimizer.end_block(optimizer.deltas(), its_d, tf.reduce_sum(numbers["steps"]) * share)
@@ -153,65 +158,6 @@ class Boundary:
                     make_finite(optimizer)
 
             tf.cond(self._sent_counts[3] > 0, heal, lambda: None)
-
-    # -- overlap ------------------------------------------------------------------------------
-
-    def begin(self, sums: list[tf.Tensor]) -> None:
-        """With `overlap`: lands the block before (`sums`, if there was one), begins the next."""
-        if sums:
-            self.land(sums)
-
-        def begin_next() -> None:
-            for optimizer in self._optimizers:
-                optimizer.begin_next()
-
-        self._compiled(begin_next)()
-        self._heal()
-
-    def go_back(self, which: list[tf.Tensor]) -> None:
-        """This replica to where it began the block, for the variables that `which` says."""
-        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
-        for v, begin, back in zip(self.trained, begins, which, strict=True):
-            v.assign(tf.where(back, begin, v))
-
-    def send_again(self) -> list[tf.Tensor]:
-        """What was in flight when a backup was written; no data had ended."""
-        taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
-        tensors = [x for optimizer in self._optimizers for x in optimizer.sent]
-        tensors += self.statistics
-        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
-        told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
-        return self._attach(pack(tensors), self._header(told, taking_part > 0, steps, first, 0.0))
-
-    def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """The all-reduce. Returns the sums and, for the host, the status."""
-        sums = sum_packs(packs)
-        return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
-
-    def land(self, sums: list[tf.Tensor], flush: tf.Tensor | None = None) -> None:
-        """The outer step of the block before; with `flush` (None: never) this replica to the
-        anchor, and the statistics' means. Without it they go on as they are: moving averages of
-        a replica's own may be averaged at any later time with the same result."""
-        sums, header = self._detach(sums)
-        numbers = self.header.read(header)
-
-        def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
-                optimizer.land(its_d)
-
-        step = self._compiled(outer_step)
-        tf.cond(numbers["active"] > 0, lambda: step(sums, header), lambda: None)
-        if flush is not None:
-            for optimizer in self._optimizers:
-                optimizer.discard_block()
-        if not self.statistics or (flush is None and not self._skip_nonfinite):
-            return
-        for v, value in zip(self.statistics, self._means(sums, header)[1], strict=True):
-            own = tf.convert_to_tensor(v)
-            if flush is not None:
-                v.assign(tf.where(tf.logical_and(flush, numbers["finite"] > 0), value, own))
-            else:
-                v.assign(tf.where(tf.math.is_finite(own), own, value))
 
     # -- what is sent -------------------------------------------------------------------------
 
@@ -234,6 +180,7 @@ class Boundary:
         if self._optimizers[0].measures_drift:
             square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
             square = tf.where(taking_part, square, 0.0)
+            self._sent_square.assign(square)
         if self.compressed:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
         if self._overlap:
@@ -243,6 +190,11 @@ class Boundary:
         counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
         return self._attach(packs, self._header(told, taking_part, steps, first, square))
+
+    def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The all-reduce. Returns the sums and, for the host, the status."""
+        sums = sum_packs(packs)
+        return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
     def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
@@ -346,7 +298,7 @@ class Boundary:
         numbers = self.header.read(header)
         active, others = numbers["active"], numbers["finite" if self._overlap else "active"]
         means = [
-            tf.cast(s, v.dtype) * _share(active if i < weights else others, v.dtype)
+            tf.cast(s, v.dtype) * share_of(active if i < weights else others, v.dtype)
             for i, (s, v) in enumerate(
                 zip(unpack(sums, self._wire_specs), self.travelling, strict=True)
             )
@@ -369,7 +321,7 @@ class Boundary:
         sums = iter(sum_over_replicas([*plain, *only_first, *wide]))
         largest = self._extrema(extrema)
         for v in mean:
-            v.assign(next(sums) * _share(replicas, v.dtype))
+            v.assign(next(sums) * share_of(replicas, v.dtype))
         for v, start in zip(total, rules.starts, strict=True):
             value = next(sums) - (replicas - 1) * tf.convert_to_tensor(start)
             v.assign(value)
@@ -408,8 +360,14 @@ class Boundary:
         replicas = self._strategy.num_replicas_in_sync
         sums = sum_over_replicas(list(map(tf.convert_to_tensor, anchors)))
         for v, anchor, total in zip(self.trained, anchors, sums, strict=True):
-            anchor.assign(total * _share(replicas, anchor.dtype))
+            anchor.assign(total * share_of(replicas, anchor.dtype))
             v.assign(anchor)
+
+    def go_back(self, which: list[tf.Tensor]) -> None:
+        """This replica to where it began the block, for the variables that `which` says."""
+        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
+        for v, begin, back in zip(self.trained, begins, which, strict=True):
+            v.assign(tf.where(back, begin, v))
 
     def moved(self) -> tf.Tensor:
         """For each trained variable whether it is not at the anchor."""
@@ -423,7 +381,7 @@ def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
 
 
-def _share(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
+def share_of(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
     """What one of so many has in a mean."""
     exact = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
     return tf.cast(tf.math.reciprocal(tf.maximum(tf.cast(replicas, exact), 1)), dtype)

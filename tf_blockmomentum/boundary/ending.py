@@ -1,6 +1,5 @@
 """The end of a block as the host sees it: what is called, what is in flight, what was told."""
 
-import concurrent.futures
 import functools
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,8 +12,10 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.boundary import TOLD, Boundary
 from tf_blockmomentum.boundary.exchange import gather
+from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
 from tf_blockmomentum.boundary.header import checksum, crc
 from tf_blockmomentum.boundary.nonfinite import describe
+from tf_blockmomentum.schedules import landing_step
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 from tf_blockmomentum.variables import Rules
 
@@ -47,10 +48,10 @@ class Ending:
         self.on_nonfinite = on_nonfinite
         self.rules = Rules(optimizers, wrappers, averaged)
         skip = on_nonfinite == "skip"
-        self.replica = Boundary(optimizers, strategy, self.rules, jit, skip)
+        kind = OverlappedBoundary if optimizers[0].overlap else Boundary
+        self.replica = kind(optimizers, strategy, self.rules, jit, skip)
         self._known: tuple | None = None  # what the compiled functions were made for
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
-        self._flight: concurrent.futures.Future | None = None  # deltas on their way
+        self.flight = Flight()
         self._boundaries = 0
         self._anchor_told = 0
         self._settled = True
@@ -74,16 +75,19 @@ class Ending:
         replica = self.replica
         replica.ready()
         self.boundary = self._on_replicas(replica.boundary)
-        self._send = self._on_replicas(replica.leave)
-        self._begin = self._on_replicas(replica.begin)
-        self._land = self._on_replicas(replica.land)
-        self._transport = self._on_replicas(replica.transport)
-        self._send_again = self._on_replicas(replica.send_again)
         self._settle = self._on_replicas(replica.settle)
         self._align = self._on_replicas(replica.align)
         self._average = self._on_replicas(replica.average_anchors)
         self._moved = self._on_replicas(replica.moved)
         self._go_back = self._on_replicas(replica.go_back)
+        if isinstance(replica, OverlappedBoundary):
+            self._send = self._on_replicas(replica.leave)
+            self._transport = self._on_replicas(replica.transport)
+            self._begin = self._on_replicas(replica.begin)
+            self._land = self._on_replicas(replica.land)
+            self._land_within = self._on_replicas(replica.land_within)
+            self._land_statistics = self._on_replicas(replica.land_statistics)
+            self._send_again = self._on_replicas(replica.send_again)
 
     def _on_replicas(self, replica_fn: Callable) -> Callable:
         @functools.wraps(replica_fn)
@@ -98,9 +102,25 @@ class Ending:
     # -- the order of things ------------------------------------------------------------------
 
     @property
-    def in_flight(self) -> bool:
-        """Whether deltas are on their way."""
-        return self._flight is not None
+    def period(self) -> int:
+        """K of the present block."""
+        return self._periods[0] or self._optimizers[0].period
+
+    @property
+    def next_stop(self) -> int:
+        """After how many local steps of the present block there is something to do here: what is
+        under way lands, or the block ends."""
+        period = self.period
+        if not self.flight.under_way:
+            return period
+        return landing_step(self._optimizers[0].overlap, period)
+
+    @property
+    def _periods(self) -> list[int]:
+        """K of the present block, and of the one in flight, where a schedule has been asked for
+        them already. That is when a block begins, while the one before is in flight: all workers
+        know the same then, and what lands within the block does not change it."""
+        return self.replica.periods.numpy().tolist()
 
     @property
     def all_ended(self) -> bool:
@@ -118,13 +138,14 @@ class Ending:
             if tf.config.functions_run_eagerly():
                 self._check_steps_alike()
             if self._optimizers[0].overlap:
+                warming_up = self._optimizers[0].warming_up
                 self.send_block(told)
                 # Here all workers have landed the block before; one whose data has ended lands
                 # this one at once, the others later.
                 due = (self._boundaries + 1) % _CHECK == 0
                 self._anchor_told = self._sum_of_anchors() if due else 0
-                if ended:
-                    self.land()
+                if ended or warming_up:  # a synchronous warm start
+                    self.land(flush=warming_up)
             else:
                 period = self._optimizers[0].period
                 self._take_note(self.meet(told), period)
@@ -142,7 +163,7 @@ class Ending:
     def settle(self) -> None:
         """Before somebody looks at the variables: lands what is in flight, and makes all state
         that a boundary leaves alone the same on all replicas."""
-        if self._flight is not None:
+        if self.flight.under_way:
             self.land(flush=True)
         if not self._settled and self.replica.settling:
             with meeting(self._strategy, "a flush"):
@@ -257,59 +278,66 @@ class Ending:
     # -- overlap ------------------------------------------------------------------------------
 
     def send_block(self, told: tf.Tensor) -> None:
-        """Ends a block: sends its deltas, lands those of the one before, and begins the next."""
-        sums, status = self._arrive() if self._flight else ([], None)
-        self._depart(self._send(told))
-        self._begin(sums)
+        """Ends a block: sends its deltas, lands those of the one before if they have not landed
+        within it, and begins the next."""
+        period = self.period
+        sums, status = self._arrive() if self.flight.under_way else ([], None)
+        if sums and self.replica.statistics:  # what is sent of them is of after their landing
+            self._land_statistics(sums)
+        self.flight.depart(self._transport, self._send(told))
+        drift = self._begin(sums)
         if status is not None:
-            self._take_note(status)
+            self._note_landing(status, drift)
+        if self._optimizers[0].scheduled:
+            self.replica.periods.assign([self._optimizers[0].period_after(period), period])
+
+    def land_within(self) -> None:
+        """Waits for what is under way, which lands here, within the next block."""
+        progress.note("waits for a mean to land")
+        sums, status = self._arrive()
+        self._note_landing(status, self._land_within(sums))
+        self.forget_assignments()
+        progress.note("landed a mean")
 
     def land(self, flush: bool = False) -> None:
         """Waits for what is in flight, and goes to the anchor. `flush`, or that the data of
-        all replicas has ended: statistics become their means."""
+        all replicas has ended: all workers are here."""
         sums, status = self._arrive()
         ended = round(float(self.replica.header.read(status[:-1])["ended"]))
         flush = flush or ended == self._strategy.num_replicas_in_sync
-        self._land(sums, tf.constant(flush))
-        self._take_note(status)
-        if flush:  # all workers are here
+        self._note_landing(status, self._land(sums))
+        if flush:
             self._put_right()
+            self.replica.periods.assign([0, 0])
         self.forget_assignments()
+
+    def _note_landing(self, status: np.ndarray, drift: Any) -> None:
+        if self._optimizers[0].measures_drift:
+            status = np.append(status[:-1], self._first(drift))
+        self._take_note(status, self._periods[1])
 
     def go_on(self) -> None:
         """Sends again what was in flight when the present state was written to a backup."""
         self.ready()
         if self._optimizers[0].in_flight:
-            self._depart(self._send_again())
-            assert self._flight is not None
-            self._flight.result()  # others may communicate before the next step
+            self.flight.depart(self._transport, self._send_again())
+            self.flight.wait()  # others may communicate before the next step
 
     def drop(self) -> None:
         """Forgets a block that was interrupted, what is on its way, and what was set."""
         self.weights_set = self._uneven = self._differing = False
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            flight.exception()  # waits: others communicate next
+        self.flight.drop()
         self.replica.steps.assign(0)
-
-    def _depart(self, packs: Any) -> None:
-        """Starts the all-reduce. All workers start theirs in the same order, and no other
-        collective before this one has arrived: nothing else communicates within an epoch."""
-        if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread
-            self._flight = concurrent.futures.Future()
-            self._flight.set_result(self._transport(packs))
-        else:
-            self._flight = self._thread.submit(self._transport, packs)
+        self.replica.periods.assign([0, 0])
 
     def _arrive(self) -> tuple[Any, np.ndarray]:
-        assert self._flight is not None
-        flight, self._flight = self._flight, None
+        self.ready()  # what was set meanwhile is for the outer step to come
         with meeting(self._strategy, "the end of a block"):
-            sums, status = flight.result()
+            sums, status = self.flight.arrive()
             status = self._first(status)
         bad = any(self.replica.header.read(status[:-1])["nonfinite"])
         if bad and self.on_nonfinite == "raise":
-            self._land(sums, tf.constant(True))
+            self._land(sums)
             self._take_note(status)  # raises
         return sums, status
 

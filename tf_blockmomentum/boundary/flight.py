@@ -1,0 +1,173 @@
+"""Overlap: what is under way, and when it lands.
+
+A block's deltas leave at its end (`leave`, `transport`), and the next block begins (`begin`). Its
+local steps run while they travel. After `landing_step` of them the mean lands (`land_within`), and
+the rest of the block runs without anything under way. A block that ends before that, or lasts just
+as long, lands the mean where it ends: `begin`, once more, after its own deltas have left.
+"""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from tf_blockmomentum.boundary.boundary import TOLD, Boundary, share_of
+from tf_blockmomentum.boundary.packing import pack
+
+
+class OverlappedBoundary(Boundary):
+    """What a replica does at a boundary with `overlap`: it leaves, and lands later."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._sent_statistics: dict[int, tf.Variable] = {}
+
+    def ready(self) -> None:
+        super().ready()
+        with self._strategy.scope():
+            for v in self.statistics:
+                if id(v) not in self._sent_statistics:
+                    copy = tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="sent")
+                    self._sent_statistics[id(v)] = copy
+
+    @property
+    def of_this_block(self) -> list[Any]:
+        return [*super().of_this_block, *self._sent_statistics.values()]
+
+    def begin(self, sums: list[tf.Tensor]) -> tf.Tensor:
+        """Begins the next block; `sums`: the outer step of the block before the one that has just
+        left lands first. Returns its drift."""
+        drift = self._outer_step(sums) if sums else tf.constant(0.0)
+
+        def begin_next() -> None:
+            for optimizer in self._optimizers:
+                optimizer.begin_next()
+
+        self._compiled(begin_next)()
+        self._heal()
+        return drift
+
+    def land(self, sums: list[tf.Tensor]) -> tf.Tensor:
+        """Lands a block where the next one has not begun: this replica goes to the anchor, and
+        its statistics become their means. Returns the drift."""
+        drift = self._outer_step(sums)
+        for optimizer in self._optimizers:
+            optimizer.discard_block()
+        self._land_statistics(sums, tf.constant(False))
+        return drift
+
+    def land_within(self, sums: list[tf.Tensor]) -> tf.Tensor:
+        """Lands a block within the next one: what this replica has moved in that is kept, and
+        belongs to its next delta. Returns the drift."""
+
+        def step_off() -> None:
+            for optimizer in self._optimizers:
+                optimizer.step_off()
+
+        def step_on() -> None:
+            for optimizer in self._optimizers:
+                optimizer.step_on()
+
+        self._compiled(step_off)()
+        drift = self._outer_step(sums)
+        self._compiled(step_on)()
+        self.land_statistics(sums)
+        return drift
+
+    def land_statistics(self, sums: list[tf.Tensor]) -> None:
+        """Statistics land as the weights do: the mean of what was sent, and what this replica has
+        changed since."""
+        self._land_statistics(sums, tf.constant(True))
+
+    def _outer_step(self, sums: list[tf.Tensor]) -> tf.Tensor:
+        """The outer step of a block that has arrived. Returns the drift."""
+        sums, header = self._detach(sums)
+
+        def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
+            d, numbers = self._means(sums, header)[0], self.header.read(header)
+            share = share_of(numbers["active"])
+            drift = self._optimizers[0].drift(d, numbers["square"] * share)
+            for optimizer, its_d in self._by_optimizer(d):
+                optimizer.land(its_d, tf.reduce_sum(numbers["steps"]) * share)
+            return drift
+
+        step, some = self._compiled(outer_step), self.header.read(header)["active"] > 0
+        return tf.cond(some, lambda: step(sums, header), lambda: 0.0)
+
+    def _land_statistics(self, sums: list[tf.Tensor], begun: tf.Tensor) -> None:
+        """`begun`: whether they have changed since they were sent."""
+        if not self.statistics:
+            return
+        sums, header = self._detach(sums)
+
+        def land(sums: list[tf.Tensor], header: tf.Tensor, begun: tf.Tensor) -> None:
+            some = self.header.read(header)["finite"] > 0
+            for v, mean in zip(self.statistics, self._means(sums, header)[1], strict=True):
+                own, sent = map(tf.convert_to_tensor, (v, self._sent_statistics[id(v)]))
+                # Of one that was not finite nothing is kept; one that has become so since
+                # is found at the next boundary.
+                kept = tf.logical_and(begun, tf.math.is_finite(sent))
+                value = mean + tf.where(kept, own - sent, tf.zeros_like(own))
+                v.assign(tf.where(some, value, own))
+
+        self._compiled(land)(sums, header, begun)
+
+    def _keep(self, steps: tf.Tensor) -> None:
+        super()._keep(steps)
+        for v in self.statistics:
+            self._sent_statistics[id(v)].assign(v)
+
+    def send_again(self) -> list[tf.Tensor]:
+        """What was in flight when a backup was written; no data had ended."""
+        taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
+        finite = tf.equal(first, 0)
+        tensors = [x for optimizer in self._optimizers for x in optimizer.sent]
+        for v in self.statistics:
+            sent = tf.convert_to_tensor(self._sent_statistics[id(v)])
+            tensors.append(tf.where(finite, sent, tf.zeros_like(sent)))
+        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
+        told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
+        square = tf.convert_to_tensor(self._sent_square)
+        return self._attach(
+            pack(tensors), self._header(told, taking_part > 0, steps, first, square)
+        )
+
+
+class Flight:
+    """A block's deltas on their way to the other replicas, as the host sees them."""
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
+        self._flight: concurrent.futures.Future | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether deltas are on their way."""
+        return self._flight is not None
+
+    def depart(self, transport: Callable, packs: Any) -> None:
+        """Starts the all-reduce. All workers start theirs in the same order, and no other
+        collective before this one has arrived: nothing else communicates within an epoch."""
+        if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread
+            self._flight = concurrent.futures.Future()
+            self._flight.set_result(transport(packs))
+        else:
+            self._flight = self._thread.submit(transport, packs)
+
+    def wait(self) -> None:
+        """Until it has arrived."""
+        assert self._flight is not None
+        self._flight.result()
+
+    def arrive(self) -> Any:
+        """Waits for what the all-reduce returns; nothing is on its way from then on."""
+        assert self._flight is not None
+        flight, self._flight = self._flight, None
+        return flight.result()
+
+    def drop(self) -> None:
+        """Forgets what is on its way, once it has arrived: others communicate next."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            flight.exception()
