@@ -5,6 +5,7 @@ import gc
 import hashlib
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -47,8 +48,8 @@ def machine(quick):
 
 
 def compare(strategy, replicas, what, tolerance=1e-5, policy="float32", jit=False, **block):
-    """Trains a linear classifier on unlike data for each replica; the oracle in NumPy says what
-    comes out. `worker`: whose shares this process has, if not all."""
+    """Trains a linear classifier on unlike data for each replica; an independent one in NumPy
+    says what comes out. A worker has its own replicas' data."""
     import reference
 
     rng = np.random.default_rng(3)
@@ -86,7 +87,10 @@ def compare(strategy, replicas, what, tolerance=1e-5, policy="float32", jit=Fals
     batches = [[(x[s, j], y[s, j]) for j in range(replicas)] for s in range(steps)]
     settings = (first, batches, reference.softmax_gradients, rate, period, 0.5)
     if block.get("overlap"):
-        want = reference.overlapped_m_avg(*settings)[-1][0]
+        tau = math.ceil(block["overlap"] * period)
+        schedule, outer = reference.Constant(period), reference.block_momentum(0.5)
+        seen = reference.overlapped(*settings[:4], schedule, lambda _: tau, outer)[0]
+        want = seen[-1][0]
     else:
         want = reference.m_avg(*settings, nesterov=block.get("nesterov", False))[0][-1]
     got = model.get_weights()
@@ -98,7 +102,8 @@ def compare(strategy, replicas, what, tolerance=1e-5, policy="float32", jit=Fals
 FORMS = (
     ("M-AVG", {}),
     ("Nesterov", {"nesterov": True}),
-    ("overlap", {"overlap": True}),
+    ("overlap=1", {"overlap": 1.0}),
+    ("overlap=0.5", {"overlap": 0.5}),
 )
 
 
