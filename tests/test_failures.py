@@ -114,10 +114,21 @@ def undisturbed(tmp_path_factory):
                     "every": 1,
                     "stop": 5,
                 },
-                "unknown length": {"optimizer": "adam", "known_length": False, "stop": 17},
-                "overlap": {"overlap": 1.0, "every": 1, "stop": 18},
+                "unknown length, int8": {
+                    "compression": "int8",
+                    "optimizer": "adam",
+                    "known_length": False,
+                    "stop": 17,
+                },
+                "overlap, int4": {
+                    "compression": "int4",
+                    "overlap": 1.0,
+                    "every": 1,
+                    "stop": 18,
+                },
                 # Epochs of 10 steps, K=3: the backup at 7 has deltas that left at 6 and land at 8.
                 "overlap, in flight": {
+                    "compression": "int8",
                     "overlap": 0.5,
                     "steps_per_execution": 7,
                     "every": 1,
@@ -239,6 +250,7 @@ def test_elastic(tmp_path):
         failures=failures,
         every=1,
         epochs=2,
+        compression="int8",
     )
     assert times_failed(tmp_path) == [2]
     assert "restart 1 of 3, workers: 3" in printed
