@@ -315,9 +315,11 @@ class Coded:
         return sent.reshape(len(deltas), -1)[:, : self.size], told.ravel()[: self.size]
 
 
-def coded_m_avg(slopes, sync_period, block_momentum, bits, overlap):
+def coded_m_avg(slopes, sync_period, block_momentum, bits, landing):
     """M-AVG from zeros in float32, each rounding where the library has it: inner SGD of rate 1 on
     losses of constant slopes of shape [steps, replicas, size], deltas as codes.
+
+    `landing`: after how many steps of the next block a mean lands; 0: without overlap.
 
     Returns every replica's weights after each block, all landed at the end.
     """
@@ -333,22 +335,23 @@ def coded_m_avg(slopes, sync_period, block_momentum, bits, overlap):
         velocity = velocity * beta + total * share
         anchor = anchor + velocity
 
-    for step, slope in enumerate(slopes, 1):
+    for step, slope in enumerate(slopes):
         local = local - slope
-        if step % sync_period:
+        position = step % sync_period + 1
+        if in_flight is not None and position == landing < sync_period:
+            moved = local - begin
+            land(in_flight)
+            in_flight, begin = None, np.stack([anchor] * replicas)
+            local = anchor + moved
+        if position < sync_period:
             continue
         sent, total = send(local - begin)
-        if not overlap:
-            land(total)
-            begin = np.stack([anchor] * replicas)
-        else:
-            if in_flight is not None:
-                land(in_flight)
-            in_flight = total
-            begin = anchor + (beta * velocity + sent)
-            if step == len(slopes):
-                land(in_flight)
-                begin = np.stack([anchor] * replicas)
+        if in_flight is not None:
+            land(in_flight)
+        in_flight, begin = total, anchor + (beta * velocity + sent)
+        if not landing or step + 1 == len(slopes):
+            land(in_flight)
+            in_flight, begin = None, np.stack([anchor] * replicas)
         local = begin.copy()
         seen.append(local.copy())
     return seen
