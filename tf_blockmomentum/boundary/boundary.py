@@ -269,7 +269,10 @@ class Boundary:
         """As `_wanted`, from variables if it is there."""
         if self._overlap:
             sent = [x for optimizer in self._optimizers for x in optimizer.sent]
-            return list(map(tf.convert_to_tensor, sent))
+            sent = list(map(tf.convert_to_tensor, sent))
+            if not (self._float16 or self._feedback):
+                return sent
+            return [tf.cast(x, wide(x.dtype)) for x in sent]
         return self._wanted(steps)
 
     def _coded(

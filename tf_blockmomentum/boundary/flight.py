@@ -28,7 +28,8 @@ class OverlappedBoundary(Boundary):
         with self._strategy.scope():
             for v in self.statistics:
                 if id(v) not in self._sent_statistics:
-                    copy = tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="sent")
+                    zeros = tf.zeros(v.shape, v.dtype)
+                    copy = tf.Variable(zeros, False, dtype=zeros.dtype, name="sent")
                     self._sent_statistics[id(v)] = copy
 
     @property
