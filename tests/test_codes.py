@@ -12,10 +12,10 @@ import pool
 import pytest
 import reference
 import tensorflow as tf
-from helpers import crossentropy, dataset, examples, replica_values
+from helpers import classifier, crossentropy, dataset, examples, replica_values
 
 import tf_blockmomentum as tfbm
-from tf_blockmomentum.boundary import codes
+from tf_blockmomentum.boundary import codes, feedback
 from tf_blockmomentum.boundary.exchange import exchange_parts, join_parts
 from tf_blockmomentum.strategy import worker_of
 
@@ -130,6 +130,26 @@ def test_bytes_of_realistic_models(replicas):
             layout = codes.Layout(tensors, codes.BITS[compression], replicas)
             # A ring's all-reduce, or an exchange and a gather, send this (P - 1) / P times twice.
             assert replicas * layout.message <= most * count, (replicas, compression)
+
+
+@pytest.mark.parametrize("replicas", [3, 11])
+def test_many_are_added_up_in_their_order(replicas):
+    """A few in one expression, many in a loop; to the bit."""
+    x = np.random.default_rng(0).normal(size=[replicas + 1, 2, 256]).astype("float32")
+
+    adding = feedback.Feedback("int4", None, tf.function, False)
+    adding.layout = codes.Layout([tf.TensorSpec([replicas * 512])], 4, replicas)
+    scales = [codes.scales_of(codes.magnitudes(own), 4) for own in x[:-1]]
+    words = [
+        codes.encode(own, codes.reciprocals(s), 4) for own, s in zip(x[:-1], scales, strict=True)
+    ]
+    total = tf.function(adding._add, jit_compile=True)(
+        tf.stack(words), tf.stack(scales), tf.reshape(x[-1], [-1])
+    )
+    want = x[-1]
+    for own in x[:-1]:
+        want = want + reference.coded(own, 4)[0]
+    np.testing.assert_array_equal(total, want)
 
 
 def test_parts_are_laid_out_anew():
@@ -320,3 +340,26 @@ def test_a_worker_that_is_not_finite_is_left_out(pair, compression, overlap):
     if not overlap:
         errors = pair.run(poisoned, compression, overlap, "raise", expect_error=True)
         assert all("The anchor is finite, made without that replica" in e.text for e in errors)
+
+
+def half_precision(strategy, compression, overlap):
+    strategy.compression = compression
+    keras.config.set_dtype_policy("bfloat16")
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        model = classifier()
+        optimizer = tfbm.BlockMomentum(keras.optimizers.Adam(0.02), 3, overlap=overlap)
+        model.compile(optimizer, crossentropy())
+    x, y = examples(192)
+    history = model.fit(
+        dataset(x, y), epochs=3, verbose=0, callbacks=[tfbm.BlockTraining(jit_compile=False)]
+    )
+    return history.history["loss"], [w.astype("float32") for w in model.get_weights()]
+
+
+@pytest.mark.parametrize("compression", ["float16", "int8"])
+def test_bfloat16_variables_overlap_and_compression(pair, compression):
+    (losses, first), (_, second) = pair.run(half_precision, compression, 0.5)
+    assert losses[-1] < losses[0]
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -8,7 +8,8 @@ value's code is within range and nothing need be clipped.
 
 The numbers are the same to the bit on every worker, compiled by XLA or not, with fused
 multiply-adds or without: a code has at most 7 bits and a scale 8, so their product is exact, and
-what is added to it is rounded once either way. So one worker may have a GPU and another none.
+what is added to it is rounded once either way. So one worker may have a GPU and another none. (The
+sum alone is always compiled, see `feedback`.)
 """
 
 from collections.abc import Sequence

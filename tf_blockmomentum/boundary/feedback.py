@@ -117,7 +117,9 @@ class Feedback:
         # Of several functions, as in `message`: XLA reads what it cuts, and fills what it
         # concatenates, number by number.
         read = self._compiled(self.layout.read)(received)
-        total = self._compiled(self._add)(*read, tf.convert_to_tensor(self.part))
+        # By XLA in any case: TensorFlow's graph optimizer would add up in an order of its own.
+        add = tf.function(self._add, jit_compile=True, autograph=False)
+        total = add(*read, tf.convert_to_tensor(self.part))
         largest = self._compiled(codes.magnitudes)(total)
         scales = self._compiled(lambda x: codes.scales_of(x, self._bits))(largest)
 
