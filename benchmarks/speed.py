@@ -30,14 +30,23 @@ WIDTHS = (784, 1536, 1536, 768, 10)  # 19 MB of float32
 NO_SYNC = 10**9  # a block that never ends
 FIELDS = ("model", "workers", "link", "family", "method", "k", "steps", "step_seconds",
           "wire_bytes", "model_bytes", "memory", "target_steps")  # fmt: skip
-# Blocks in four forms: name, overlap (with all of the next block), compression.
+# Forms of blocks: name, overlap (with all of the next block), compression.
 FORMS = (
     ("blocks", False, None),
     ("blocks, overlap", 1.0, None),
     ("blocks, float16", False, "float16"),
     ("blocks, overlap, float16", 1.0, "float16"),
+    ("blocks, int8", False, "int8"),
+    ("blocks, overlap, int8", 1.0, "int8"),
+    ("blocks, int4", False, "int4"),
+    ("blocks, overlap, int4", 1.0, "int4"),
 )
 TARGET = 0.5  # training loss of the MLP on its task
+
+
+def chosen(options):
+    """Those of the forms that the command line asks for."""
+    return [form for form in FORMS if form[2] is None or form[2] in options.compression]
 
 
 # -- one worker of ours ------------------------------------------------------------------------
@@ -133,7 +142,7 @@ def work_blocks(options):
     models, contenders = {}, {}
     for form, settings in (
         ("synchronous fit", {"sync": True}),
-        *((name, {"overlap": o, "compression": c}) for name, o, c in FORMS),
+        *((name, {"overlap": o, "compression": c}) for name, o, c in chosen(options)),
     ):
         model, x, y = compile_model(strategy, options.model, 1, **settings)
         blocks = [] if settings.get("sync") else [tfbm.BlockTraining(options.jit)]
@@ -143,7 +152,7 @@ def work_blocks(options):
     contenders["synchronous fit", 1] = "synchronous fit", 1, 1
     for k in options.periods:
         contenders["no communication", max(k, 8)] = "blocks", NO_SYNC, max(k, 8)
-        for form, overlap, _ in FORMS:
+        for form, overlap, _ in chosen(options):
             if k > 1 or not overlap:
                 contenders[form, k] = form, k, max(k, 8)
     data = repeated(strategy, x, y)
@@ -317,7 +326,7 @@ def work_target(options):
     steps, window = 1536, 64
     for k, (method, overlap, compression) in (
         (1, ("synchronous fit", False, None)),
-        *itertools.product(options.periods, FORMS),
+        *itertools.product(options.periods, chosen(options)),
     ):
         if k == 1 and overlap:
             continue
@@ -344,7 +353,7 @@ def parts(options):
 
     def ours(part, link, workers, *arguments, **row):
         given = ["--part", part, "--device", options.device, "--rounds", str(options.rounds)]
-        given += ["--jit"] * options.jit
+        given += ["--jit"] * options.jit + ["--compression", *options.compression]
         row |= {"workers": workers, "link": link}
         return link, workers, Path(__file__).name, [*given, *map(str, arguments)], row
 
@@ -352,7 +361,7 @@ def parts(options):
         yield ours("alone", "loopback", 1)
     if "memory" in options.only:
         # Of two sizes: what a process has besides copies of the weights is in both.
-        methods = ("Keras fit, no strategy", *(name for name, *_ in FORMS))
+        methods = ("Keras fit, no strategy", *(name for name, *_ in chosen(options)))
         for method, scale in itertools.product(methods, (2, 4)):
             workers = 1 if method.startswith("Keras") else 2
             given = "--method", method, "--scale", scale
@@ -396,6 +405,10 @@ def main():
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="of the parts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jit", action="store_true", help="compile local steps with XLA")
+    coded = ["float16", "int8", "int4"]
+    parser.add_argument(
+        "--compression", nargs="*", choices=coded, default=coded[:1], help="besides none"
+    )
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="the MLP, two K, two links")
     parser.add_argument("--full", action="store_true", help="all K for all models; many hours")

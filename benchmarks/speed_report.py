@@ -11,7 +11,7 @@ import numpy as np
 from evidence_report import table
 from speed import BATCHES, FORMS
 
-from tf_blockmomentum.cost import CostModel, parse_bandwidth
+from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -46,8 +46,9 @@ class Row:
         return 1.0 if "overlap" in self.method else False
 
     @property
-    def compressed(self):
-        return "float16" in self.method
+    def share_of_bytes(self):
+        """Of what it sends without compression."""
+        return next((n / 4 for c, n in COMPRESSED_BYTES.items() if c in self.method), 1.0)
 
 
 class Place:
@@ -235,7 +236,7 @@ def fitted(places):
 def predicted(cost, row, alone):
     """Seconds of a step as the model has it."""
     cost = dataclasses.replace(
-        cost, step_seconds=alone, model_bytes=cost.model_bytes * (0.5 if row.compressed else 1)
+        cost, step_seconds=alone, model_bytes=cost.model_bytes * row.share_of_bytes
     )
     return cost.step(row.k, row.workers, row.overlap)
 
@@ -250,7 +251,8 @@ def cost_model(groups):
         "the last three columns' rows had no part in the fit. (One link alone cannot tell the two "
         "apart: its messages are then taken to need the link's rate.)"
     )
-    forms = [name for name, *_ in FORMS]
+    methods = {row.method for those in groups.values() for p in those for row in p.rows}
+    forms = [name for name, *_ in FORMS if name in methods]
     cells, shown = [], None
     for (model, workers), those in groups.items():
         own, slower, costs = fitted(those)

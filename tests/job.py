@@ -130,6 +130,8 @@ def inner(name):
 
 def train(name, options):
     keras.utils.set_random_seed(11)
+    if isinstance(strategy, tfbm.MultiWorkerBlockStrategy):
+        strategy.compression = options["compression"]
     with scope(strategy):
         model = classifier(dropout=True)
         model.compile(

@@ -271,3 +271,87 @@ def local_training(weights, batches, gradients, inner, outer, period, end=lambda
             lengths.append(position)
             position, length = 0, period(step + 1, drift if position == length else None)
     return boundaries, lengths, length
+
+
+# -- codes of 8 and 4 bits ------------------------------------------------------------------------
+
+
+def coded(x, bits):
+    """Float32 values of shape [blocks, 256] as codes say them, and the blocks' scales."""
+    most = 2 ** (bits - 1) - 1
+    largest = np.abs(x).max(1)
+    # The upper half of a float32, rounded up.
+    scale = (largest * np.float32(1 / most)).astype(np.float32)
+    scale = ((scale.view(np.uint32).astype(np.int64) + 0xFFFF) & 0xFFFF0000).astype(np.uint32)
+    scale = np.where(largest < 2.0**-100, np.float32(0), scale.view(np.float32))
+    one = np.where(scale > 0, scale, np.float32(1))
+    codes = np.rint(x * np.where(scale > 0, 1 / one, np.float32(0))[:, None])
+    assert np.abs(codes).max() <= most
+    return codes.astype(np.float32) * scale[:, None], scale
+
+
+class Coded:
+    """Flat deltas sent as codes, with error feedback at the senders and at the owners. Who owns
+    which blocks makes no difference to the numbers."""
+
+    def __init__(self, bits, replicas, size):
+        self.bits, self.size = bits, size
+        self.blocks = -(-size // 256)
+        self.residuals = np.zeros([replicas, self.blocks, 256], np.float32)
+        self.kept = np.zeros([self.blocks, 256], np.float32)
+
+    def __call__(self, deltas):
+        """What the replicas' codes say, and the sum's."""
+        padded = np.zeros([len(deltas), self.blocks * 256], np.float32)
+        padded[:, : self.size] = deltas
+        wanted = padded.reshape(self.residuals.shape) + self.residuals
+        sent = np.stack([coded(x, self.bits)[0] for x in wanted])
+        self.residuals = wanted - sent
+        total = self.kept
+        for x in sent:
+            total = total + x
+        told, _ = coded(total, self.bits)
+        self.kept = total - told
+        return sent.reshape(len(deltas), -1)[:, : self.size], told.ravel()[: self.size]
+
+
+def coded_m_avg(slopes, sync_period, block_momentum, bits, landing):
+    """M-AVG from zeros in float32, each rounding where the library has it: inner SGD of rate 1 on
+    losses of constant slopes of shape [steps, replicas, size], deltas as codes.
+
+    `landing`: after how many steps of the next block a mean lands; 0: without overlap.
+
+    Returns every replica's weights after each block, all landed at the end.
+    """
+    replicas, size = slopes.shape[1:]
+    beta, share = np.float32(block_momentum), np.float32(1 / replicas)
+    send = Coded(bits, replicas, size)
+    anchor, velocity = np.zeros(size, np.float32), np.zeros(size, np.float32)
+    begin = np.zeros([replicas, size], np.float32)
+    local, in_flight, seen = begin.copy(), None, []
+
+    def land(total):
+        nonlocal anchor, velocity
+        velocity = velocity * beta + total * share
+        anchor = anchor + velocity
+
+    for step, slope in enumerate(slopes):
+        local = local - slope
+        position = step % sync_period + 1
+        if in_flight is not None and position == landing < sync_period:
+            moved = local - begin
+            land(in_flight)
+            in_flight, begin = None, np.stack([anchor] * replicas)
+            local = anchor + moved
+        if position < sync_period:
+            continue
+        sent, total = send(local - begin)
+        if in_flight is not None:
+            land(in_flight)
+        in_flight, begin = total, anchor + (beta * velocity + sent)
+        if not landing or step + 1 == len(slopes):
+            land(in_flight)
+            in_flight, begin = None, np.stack([anchor] * replicas)
+        local = begin.copy()
+        seen.append(local.copy())
+    return seen

@@ -104,8 +104,11 @@ def test_what_overlap_cannot_do():
 
 
 def test_compression_that_is_not_known():
-    with pytest.raises(ValueError, match=r'None or "float16"\. Received: compression=.int8'):
-        tfbm.MultiWorkerBlockStrategy(compression="int8")
+    text = r'None, "float16", "int8" or "int4"\. Received: compression=.int3'
+    with pytest.raises(ValueError, match=text):
+        tfbm.MultiWorkerBlockStrategy(compression="int3")
+    with pytest.raises(ValueError, match=r"devices of one machine .*Received: compression=.int8"):
+        tfbm.MultiDeviceBlockStrategy(["CPU:0"], compression="int8")
 
 
 def test_outer_optimizers_that_cannot_be():

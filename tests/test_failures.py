@@ -114,7 +114,8 @@ def undisturbed(tmp_path_factory):
                     "every": 1,
                     "stop": 5,
                 },
-                "overlap, unknown length": {
+                "overlap, unknown length, int4": {
+                    "compression": "int4",
                     "optimizer": "adam",
                     "overlap": 1.0,
                     "known_length": False,
@@ -123,6 +124,7 @@ def undisturbed(tmp_path_factory):
                 },
                 # Epochs of 10 steps, K=3: the backup at 7 has deltas that left at 6 and land at 8.
                 "overlap, in flight": {
+                    "compression": "int8",
                     "overlap": 0.5,
                     "steps_per_execution": 7,
                     "every": 1,
@@ -244,6 +246,7 @@ def test_elastic(tmp_path):
         failures=failures,
         every=1,
         epochs=2,
+        compression="int8",
     )
     assert times_failed(tmp_path) == [2]
     assert "restart 1 of 3, workers: 3" in printed

@@ -228,13 +228,26 @@ def test_communication_is_a_packed_all_reduce_a_boundary_and_the_metrics(tmp_pat
             ("None 4", 3),
             ("None 100", 1),
             ("float16 1", 10),
+            ("int8 1", 10),
+            ("int4 1", 10),
         ):
             run = saw[settings]
             assert run["blocks"] == blocks
-            half = settings.startswith("float16")  # the header travels as float32
-            dtypes = ["float16", "float32"] if half else ["float32"]
-            assert run["collectives"] == [f"CollectiveReduceV2:{dtype}" for dtype in dtypes]
+            compression = settings.split()[0]
+            collectives = ["CollectiveReduceV2:float32"]  # the header, and what has no code
+            if compression == "float16":
+                collectives = ["CollectiveReduceV2:float16", *collectives]
+            elif compression != "None":
+                codes = ("CollectiveAllToAllV2:int32", "CollectiveGatherV2:int32")
+                collectives = [*codes, *collectives]
+            assert run["collectives"] == collectives
             assert run["weights"] > 1_000_000
-            want = blocks * 2 * run["weights"] * (0.5 if half else 1)
+            # Least what codes take, most with scales and padding.
+            least = {"None": 1, "float16": 0.5, "int8": 0.25, "int4": 0.125}[compression]
+            want = blocks * 2 * run["weights"] * least
+            if compression in ("int8", "int4"):
+                most = {"int8": 0.26, "int4": 0.135}[compression] * blocks * 2 * run["weights"]
+                assert want <= run["bytes"] <= 1.01 * most + 100_000, (settings, run)
+                continue
             assert want <= run["bytes"] <= 1.05 * want + 100_000, (settings, run)
         assert saw["two dtypes"] == ["CollectiveReduceV2:float16", "CollectiveReduceV2:float32"]

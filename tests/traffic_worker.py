@@ -41,7 +41,8 @@ def collectives(function):
 saw = {}
 x = np.random.default_rng(0).normal(size=[STEPS * 16, 256]).astype("float32")
 data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(16)
-for compression, sync_period in (("float16", 1), (None, 1), (None, 4), (None, 100)):
+settings = [("int8", 1), ("int4", 1), ("float16", 1), (None, 1), (None, 4), (None, 100)]
+for compression, sync_period in settings:
     strategy.compression = compression
     with strategy.scope():
         model = keras.Sequential(

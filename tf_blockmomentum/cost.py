@@ -5,6 +5,9 @@ import re
 
 from tf_blockmomentum.schedules import check_overlap, landing_step
 
+# Bytes of a weight's delta on the way, by the strategy's `compression`: 16 bits; or a code, and a
+# 256th of a scale of 16 bits.
+COMPRESSED_BYTES = {"float16": 2.0, "int8": 1 + 1 / 128, "int4": 0.5 + 1 / 128}
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -27,7 +30,8 @@ class CostModel:
 
     Args:
         step_seconds: measured seconds of one local step of one replica.
-        model_bytes: bytes a boundary averages: the trainable weights and statistics.
+        model_bytes: bytes a boundary averages: the trainable weights (four each as float32; with
+            compression `COMPRESSED_BYTES`) and statistics.
         bandwidth: bytes per second a worker sends, as `parse_bandwidth` returns.
         latency: seconds a message takes however short it is.
         boundary_seconds: $t_0$, seconds of a boundary apart from its messages: passes over

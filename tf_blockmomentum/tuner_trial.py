@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from tf_blockmomentum.callback import BlockTraining, _eagerly
-from tf_blockmomentum.cost import CostModel, parse_bandwidth
+from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
 from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.tuner_workers import kt
 
@@ -231,9 +231,12 @@ class StopAtTarget(keras.callbacks.Callback):
 
 
 def _bytes_on_the_wire(variables, compression=None):
-    dtypes = (compression or ("float32" if v.dtype == "bfloat16" else v.dtype) for v in variables)
-    sizes = (math.prod(v.shape) for v in variables)
-    return sum(n * tf.as_dtype(d).size for n, d in zip(sizes, dtypes, strict=True))  # see `pack`
+    def each(v):
+        if compression:
+            return COMPRESSED_BYTES[compression]
+        return tf.as_dtype("float32" if v.dtype == "bfloat16" else v.dtype).size  # see `pack`
+
+    return sum(math.prod(v.shape) * each(v) for v in variables)
 
 
 class _Durations:

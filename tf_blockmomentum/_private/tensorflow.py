@@ -111,6 +111,60 @@ def variables_made(strategy: Any) -> list[Any]:
     return [v for v in list(_made.values()) if v.distribute_strategy is strategy]
 
 
+# Collectives besides the all-reduce. TensorFlow has them as raw operations that take the keys of a
+# group of devices and of one call; a strategy has both, in the launcher of each of its replicas.
+
+
+def all_to_all(parts: tf.Tensor) -> tf.Tensor:
+    """In replica context: what is at index i of the first dimension goes to replica i, and what
+    the replicas have sent to this one comes back, in their order."""
+    launcher = _launcher()
+    with tf.device(launcher._device):
+        return tf.raw_ops.CollectiveAllToAllV2(
+            input=parts, communication_hint=_hint(launcher, "auto"), **_keys(launcher)
+        )
+
+
+def all_gather(flat: tf.Tensor) -> tf.Tensor:
+    """In replica context: the replicas' tensors of one shape, one after the other."""
+    launcher = _launcher()
+    with tf.device(launcher._device):
+        return tf.raw_ops.CollectiveGatherV2(
+            input=flat, communication_hint=_hint(launcher, "ring"), **_keys(launcher)
+        )
+
+
+def _launcher() -> Any:
+    """Of this replica, of several."""
+    context = tf.distribute.get_replica_context()
+    extended = context.strategy.extended
+    if tf.executing_eagerly() and len(extended.worker_devices) > 1:
+        raise ValueError(
+            "Functions that run eagerly run one replica after the other, which then wait for each "
+            "other for ever. Received: run_eagerly, several replicas in this process, and "
+            'compression="int8" or "int4". Leave one of them out.'
+        )
+    # MultiWorkerMirroredStrategy's only ones; MirroredStrategy may use others, and has these.
+    ops = getattr(extended, "_collective_ops", None) or extended._cross_device_ops
+    return ops._launchers[context._replica_id]
+
+
+def _hint(launcher: Any, otherwise: str) -> str:
+    """How a collective travels: as the strategy's options say, where they say NCCL."""
+    wanted = launcher._options.implementation.value.lower()
+    return wanted if wanted == "nccl" else otherwise
+
+
+def _keys(launcher: Any) -> dict[str, Any]:
+    return {
+        "group_size": launcher._group_size,
+        "group_key": launcher._group_key,
+        "instance_key": launcher._next_instance_key(),
+        "ordering_token": [launcher._get_ordering_token()],
+        "timeout_seconds": launcher._options.timeout_seconds or 0.0,
+    }
+
+
 # What workers tell each other outside collectives: the coordination service, which the strategy
 # starts, keeps keys and values for all. TensorFlow has no public function for it.
 

@@ -67,7 +67,8 @@ class BlockBackup(keras.callbacks.Callback):
     Another number of workers (their directory must be shared): weights, anchor, velocity,
     statistics, learning rate and counters are taken as they are, and metrics summed; replica
     j takes the inner optimizer state of the former replica j modulo their number; seeds are
-    made different again; local steps since the last boundary are dropped.
+    made different again; local steps since the last boundary are dropped. Of compression, what
+    owners have kept back of sums is laid out anew, what senders have of their deltas is dropped.
 
     Args:
         directory: where to write, one directory per fit; shared by the workers, or each
@@ -260,7 +261,7 @@ class BlockBackup(keras.callbacks.Callback):
             "epochs": epochs,
             "stopped": over,
             "history": self._history_with(logs),
-            "variables": describe(self._variables),
+            "variables": self._described,
             "callbacks": [],
         }
         arrays: dict = {}
@@ -434,10 +435,14 @@ class BlockBackup(keras.callbacks.Callback):
                 )
             print(f"{text}; epoch {meta['epoch'] + 1}, step {step}", file=sys.stderr, flush=True)
 
+    @property
+    def _described(self):
+        return describe(self._variables, self._loop.ending.replica.parts)
+
     def _check(self, piece):
         """Raises ValueError if the backup is of another model."""
         for n, (theirs, ours) in enumerate(
-            itertools.zip_longest(piece.meta["variables"], describe(self._variables))
+            itertools.zip_longest(piece.meta["variables"], self._described)
         ):
             if theirs is None or ours is None or theirs[1:] != ours[1:]:
                 raise ValueError(
@@ -456,7 +461,9 @@ class BlockBackup(keras.callbacks.Callback):
         old = {r: (p, k) for p in pieces for k, r in enumerate(p.meta["replicas"])}
         metrics = {id(v) for m in self.model.metrics for v in m.variables}
         shared = {id(g.state) for g in _keras.seed_generators(self.model)}
-        anew = {id(v) for v in self._loop.ending.replica.of_this_block}
+        replica = self._loop.ending.replica
+        anew = {id(v) for v in replica.of_this_block}
+        parts = {id(v) for v in replica.parts}
         for i, variable in enumerate(self._variables):
             _, shape, dtype = pieces[0].meta["variables"][i]
 
@@ -469,6 +476,9 @@ class BlockBackup(keras.callbacks.Callback):
                 zero = np.zeros_like(value(0))
                 total = sum((value(r) for r in old), zero) if first else zero
                 yield [total if r == 0 else zero for r in self._replicas]
+            elif id(variable) in parts:
+                whole = [value(r) for r in range(len(old))]
+                yield [replica.layout.anew(whole, r) for r in self._replicas]
             elif id(variable) in anew:
                 yield [np.zeros_like(value(0)) for _ in self._replicas]
             else:

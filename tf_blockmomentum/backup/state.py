@@ -26,9 +26,16 @@ def variables_of(model, loop):
     return list({id(v): v for v in found}.values())
 
 
-def describe(variables):
+def describe(variables, flat=()):
+    """Names, shapes and types. `flat`: those whose length goes by the number of replicas."""
+    flat = {id(v) for v in flat}
     return [
-        [getattr(v, "path", v.name), list(v.shape), tf.as_dtype(v.dtype).name] for v in variables
+        [
+            getattr(v, "path", v.name),
+            [-1] if id(v) in flat else list(v.shape),
+            tf.as_dtype(v.dtype).name,
+        ]
+        for v in variables
     ]
 
 

@@ -12,7 +12,9 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.algorithm import square_norm
+from tf_blockmomentum.boundary.codes import BITS, fits, float16
 from tf_blockmomentum.boundary.exchange import sum_over_replicas, sum_packs
+from tf_blockmomentum.boundary.feedback import Feedback, wide
 from tf_blockmomentum.boundary.header import Header
 from tf_blockmomentum.boundary.nonfinite import make_finite
 from tf_blockmomentum.boundary.packing import pack, unpack
@@ -49,7 +51,13 @@ class Boundary:
         self._skip_nonfinite = skip_nonfinite
         self._overlap = optimizers[0].overlap
         self.header = Header(strategy.num_replicas_in_sync)
-        self._residuals: dict[int, tf.Variable] = {}  # what compression has kept back so far
+        self._residuals: dict[int, tf.Variable] = {}  # what float16 has kept back so far
+        compression = getattr(strategy, "compression", None)
+        self._float16 = compression == "float16"
+        # What int8 and int4 have.
+        self._feedback: Feedback | None = None
+        if compression in BITS:
+            self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
         with strategy.scope():
             # Steps this replica took in this block.
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
@@ -65,28 +73,41 @@ class Boundary:
         """Makes what depends on the rules, once they are known."""
         with self._strategy.scope():
             self._rules.follow()
-            if getattr(self._strategy, "compression", None):
+            if self._feedback:
+                self._feedback.ready(self.trained)
+            elif self._float16:
                 for v in self.trained:
                     if id(v) not in self._residuals:
-                        zeros = tf.zeros(v.shape, v.dtype)
+                        zeros = tf.zeros(v.shape, wide(v.dtype))
                         residual = tf.Variable(zeros, trainable=False, name="residual")
                         self._residuals[id(v)] = residual
 
     @property
     def variables(self) -> list[Any]:
         """Its state."""
-        return [*self.of_this_block, *self._rules.starts, *self._rules.changed]
+        return [*self.of_this_block, *self.parts, *self._rules.starts, *self._rules.changed]
 
     @property
     def of_this_block(self) -> list[Any]:
         """The part of its state that is about the present block of this replica."""
         sent = [self._sent_counts, self._sent_square, self.periods]
-        return [self.steps, *sent, *self._residuals.values()]
+        kept = self._feedback.of_this_block if self._feedback else self._residuals.values()
+        return [self.steps, *sent, *kept]
 
     @property
-    def compressed(self) -> bool:
-        """Whether deltas travel in codes."""
-        return bool(self._residuals)
+    def parts(self) -> list[Any]:
+        """The part of its state that has another shape with another number of replicas."""
+        return [self._feedback.part] if self._feedback else []
+
+    @property
+    def layout(self) -> Any:
+        """How they are laid out."""
+        return self._feedback.layout if self._feedback else None
+
+    @property
+    def limited(self) -> bool:
+        """Whether a delta may be too large for what it travels as."""
+        return self._float16
 
     @property
     def travelling(self) -> list[Any]:
@@ -130,7 +151,9 @@ class Boundary:
 
     def boundary(self, told: tf.Tensor) -> tf.Tensor:
         """Ends this replica's block. Returns the status: the summed header, and the drift."""
-        sums, header = self._detach(sum_packs(self.leave(told)))
+        sums = self._sum(self.leave(told))
+        self.settle_parts(sums)
+        sums, header = self._detach(self._decoded(sums))
         come_back = self._compiled(self._come_back)
         some = self.header.read(header)["active"] > 0
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
@@ -168,40 +191,73 @@ class Boundary:
         self.steps.assign(tf.zeros_like(self.steps))
         if self._overlap:
             self._compiled(self._keep)(steps)
-        # Without XLA they are parts of the variables with the deltas, not copies.
-        in_variables = self._overlap and not self.compressed
-        packs = (self._packed if in_variables else self._compiled(self._packed))(steps)
-        finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in packs)])
+        packs, codes, scales = self._packs(steps), [], None
+        tested = packs
+        if self._feedback:
+            groups = self._groups(steps)
+            scales = self._feedback.scales_of(groups)
+            tested = [*packs, scales]
+        finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in tested)])
         first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
         taking_part = tf.logical_and(steps > 0, finite)
         # Not by multiplying: a replica that is left out may hold anything.
         packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
+        if self._feedback:
+            message, nothing = self._feedback.message, self._feedback.nothing
+            codes = [tf.cond(finite, lambda: message(groups, scales), nothing)]
         square = tf.constant(0.0)
         if self._optimizers[0].measures_drift:
-            square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
-            square = tf.where(taking_part, square, 0.0)
+            square = self._compiled(lambda *args: square_norm(self._coded(*args)[0]))
+            square = tf.where(taking_part, square(steps, *codes), 0.0)
             self._sent_square.assign(square)
-        if self.compressed:  # not one function with the next: XLA would copy before it overwrites
+        if self._feedback:
+            keep_back = self._feedback.keep_back
+            tf.cond(taking_part, lambda: keep_back(groups, scales), lambda: None)
+            if self._feedback.scales is not None:
+                self._feedback.scales.assign(tf.where(finite, scales, 0.0))
+        elif self._float16:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
         if self._overlap:
-            as_it_was = tf.logical_and(finite, in_variables)
+            as_it_was = tf.logical_and(finite, not (self._float16 or self._feedback))
             settle = self._compiled(self._settle_sent)
-            tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part))
+            tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part, *codes))
         counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
-        return self._attach(packs, self._header(told, taking_part, steps, first, square))
+        header = self._header(told, taking_part, steps, first, square)
+        return [*codes, *self._attach(packs, header)]
+
+    def _packs(self, steps: tf.Tensor) -> list[tf.Tensor]:
+        """What a replica sends but for the header and codes, should all be finite."""
+
+        def packed(steps: tf.Tensor) -> list[tf.Tensor]:
+            outgoing = self._outgoing(steps)
+            return pack(outgoing[len(self.trained) :] if self._feedback else outgoing)
+
+        # With overlap and without XLA they are parts of the variables with the deltas, no copies.
+        copies = not self._overlap or self._float16
+        return (self._compiled(packed) if copies else packed)(steps)
+
+    def _groups(self, steps: tf.Tensor) -> list[tf.Tensor]:
+        """What is to be sent as codes, in blocks."""
+
+        def groups(steps: tf.Tensor) -> list[tf.Tensor]:
+            return self.layout.join(self._kept(steps))
+
+        return (groups if self._overlap else self._compiled(groups))(steps)
 
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
-        sums = sum_packs(packs)
+        sums = self._sum(packs)
         return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
     def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
         deltas = [x for optimizer in self._optimizers for x in optimizer.deltas()]
-        if self.compressed:
-            kept = [self._residuals[id(v)] for v in self.trained]
-            deltas = [x + r for x, r in zip(deltas, kept, strict=True)]
+        kept = [self._residuals[id(v)] for v in self.trained] if self._float16 else []
+        if self._feedback:
+            kept = self._feedback.residuals
+        if kept:
+            deltas = [tf.cast(x, r.dtype) + r for x, r in zip(deltas, kept, strict=True)]
         return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
 
     def _keep(self, steps: tf.Tensor) -> None:
@@ -209,17 +265,25 @@ class Boundary:
         for optimizer, deltas in self._by_optimizer(self._wanted(steps)):
             optimizer.keep_deltas(deltas)
 
-    def _coded(self, steps: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """What this replica sends as deltas, and what compression would keep back."""
+    def _kept(self, steps: tf.Tensor) -> list[tf.Tensor]:
+        """As `_wanted`, from variables if it is there."""
         if self._overlap:
             sent = [x for optimizer in self._optimizers for x in optimizer.sent]
-            wanted = list(map(tf.convert_to_tensor, sent))
-        else:
-            wanted = self._wanted(steps)
-        return self._strategy.compress(wanted) if self.compressed else (wanted, [])
+            sent = list(map(tf.convert_to_tensor, sent))
+            if not (self._float16 or self._feedback):
+                return sent
+            return [tf.cast(x, wide(x.dtype)) for x in sent]
+        return self._wanted(steps)
 
-    def _packed(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        return pack(self._outgoing(steps))
+    def _coded(
+        self, steps: tf.Tensor, *codes: tf.Tensor
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """What this replica sends as deltas, and what float16 would keep back."""
+        if codes:
+            return self.layout.values(codes[0]), []
+        wanted = self._kept(steps)
+        replicas = self._strategy.num_replicas_in_sync
+        return float16(wanted, replicas) if self._float16 else (wanted, [])
 
     def _outgoing(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """What a replica sends but for the header, should all be finite."""
@@ -230,7 +294,11 @@ class Boundary:
 
     def _first_not_finite(self, steps: tf.Tensor) -> tf.Tensor:
         """The number, from 1, of the first tensor that is not."""
-        finite = [tf.reduce_all(tf.math.is_finite(t)) for t in self._outgoing(steps)]
+        outgoing = self._outgoing(steps)
+        finite = [tf.reduce_all(tf.math.is_finite(t)) for t in outgoing]
+        if self._feedback:
+            weights = len(self.trained)
+            finite[:weights] = map(fits, outgoing[:weights])
         return tf.argmin(tf.cast(tf.stack([True, *finite]), tf.int32), output_type=tf.int32)
 
     def _settle_residuals(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
@@ -239,11 +307,36 @@ class Boundary:
             residual = self._residuals[id(v)]
             residual.assign(tf.where(taking_part, rest, residual))
 
-    def _settle_sent(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
+    def _settle_sent(self, steps: tf.Tensor, taking_part: tf.Tensor, *codes: tf.Tensor) -> None:
         """With `overlap`: what has been sent is what is in flight."""
-        for optimizer, codes in self._by_optimizer(self._coded(steps)[0]):
-            for x, code in zip(optimizer.sent, codes, strict=True):
-                x.assign(tf.where(taking_part, tf.cast(code, x.dtype), tf.zeros_like(x)))
+        for optimizer, values in self._by_optimizer(self._coded(steps, *codes)[0]):
+            for x, value in zip(optimizer.sent, values, strict=True):
+                value = tf.cast(value, x.dtype)
+                if not codes:  # which are zeros then
+                    value = tf.where(taking_part, value, tf.zeros_like(x))
+                x.assign(value)
+
+    def _sent_again(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """With `overlap`: the message of codes, or the deltas, that are in flight."""
+        sent = [x for optimizer in self._optimizers for x in optimizer.sent]
+        if not self._feedback:
+            return [], sent
+        scales = tf.convert_to_tensor(self._feedback.scales)
+        return [self._feedback.message(self.layout.join(sent), scales)], []
+
+    def _decoded(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """What `_sum` returned, with the sums in place of their codes; they may be already. Not
+        within the outer step, where XLA would decode once for each of its results."""
+        if self._feedback and sums[0].dtype == tf.int32:
+            return [*self._compiled(self.layout.values)(sums[0]), *sums[2:]]
+        return sums
+
+    def settle_parts(self, sums: list[tf.Tensor]) -> None:
+        """Once a sum of codes has arrived, and before the next is made: what its owner keeps back
+        of it, unless nobody was in it, so that it does not land."""
+        for part in self.parts:
+            some = self.header.read(self._detach(sums)[1])["active"] > 0
+            tf.cond(some, lambda part=part: part.assign(sums[1]), lambda part=part: part + 0)
 
     def _by_optimizer(self, tensors: list[tf.Tensor]) -> list[tuple[Any, list[tf.Tensor]]]:
         """Each optimizer with its part of a list with one for each trained variable."""
@@ -254,12 +347,21 @@ class Boundary:
 
     @property
     def _wire_specs(self) -> list[tf.TensorSpec]:
-        """What `_outgoing` returns: shapes and dtypes."""
+        """What `_outgoing` returns, or with codes its statistics: shapes and dtypes."""
         specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self.travelling]
-        if self.compressed:
-            weights = len(self.trained)
+        weights = len(self.trained)
+        if self._feedback:
+            return specs[weights:]
+        if self._float16:
             specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
         return specs
+
+    def _sum(self, packs: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Sums what `leave` returned over the replicas, but for codes: their sum in codes, and
+        what its owner keeps back of it."""
+        if self._feedback:
+            return [*self._feedback.sum(packs[0]), *sum_packs(packs[1:])]
+        return sum_packs(packs)
 
     def _header(
         self, told: tf.Tensor, taking_part: Any, steps: Any, first: Any, square: Any
@@ -297,11 +399,13 @@ class Boundary:
         weights = len(self.trained)
         numbers = self.header.read(header)
         active, others = numbers["active"], numbers["finite" if self._overlap else "active"]
+        values, sums = [], self._decoded(sums)
+        if self._feedback:
+            values, sums = sums[:weights], sums[weights:]
+        values = [*values, *unpack(sums, self._wire_specs)]
         means = [
             tf.cast(s, v.dtype) * share_of(active if i < weights else others, v.dtype)
-            for i, (s, v) in enumerate(
-                zip(unpack(sums, self._wire_specs), self.travelling, strict=True)
-            )
+            for i, (s, v) in enumerate(zip(values, self.travelling, strict=True))
         ]
         return means[:weights], means[weights:]
 

@@ -82,6 +82,7 @@ class Ending:
         self._go_back = self._on_replicas(replica.go_back)
         if isinstance(replica, OverlappedBoundary):
             self._send = self._on_replicas(replica.leave)
+            self._settle_parts = self._on_replicas(replica.settle_parts)
             self._transport = self._on_replicas(replica.transport)
             self._begin = self._on_replicas(replica.begin)
             self._land = self._on_replicas(replica.land)
@@ -335,6 +336,8 @@ class Ending:
         with meeting(self._strategy, "the end of a block"):
             sums, status = self.flight.arrive()
             status = self._first(status)
+        if self.replica.parts:
+            self._settle_parts(sums)
         bad = any(self.replica.header.read(status[:-1])["nonfinite"])
         if bad and self.on_nonfinite == "raise":
             self._land(sums)
@@ -366,7 +369,7 @@ class Ending:
             firsts,
             self.replica.travelling,
             self._optimizers[0].blocks,
-            self.replica.compressed,
+            self.replica.limited,
         )
         if self.on_nonfinite == "stop":
             self.stopping = True

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_blockmomentum._private import tensorflow as _tensorflow
 from tf_blockmomentum.boundary.packing import pack, unpack
 
 _AT_ONCE = 2  # messages on their way; see packing
+_PIECE_BYTES = 16 << 20  # of a part of a message of codes, lest many copies of all of it be made
 
 
 def sum_over_replicas(tensors: Sequence[Any]) -> list[tf.Tensor]:
@@ -37,6 +39,53 @@ def sum_packs(packs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
             flat = tf.identity(flat)  # in any case: an argument alone has no device
         sums.append(context.all_reduce(tf.distribute.ReduceOp.SUM, flat))
     return sums
+
+
+def exchange_parts(flat: tf.Tensor, replicas: int) -> tf.Tensor:
+    """Part i of a flat tensor goes to replica i, in replica context.
+
+    Args:
+        flat: tensor of shape [replicas * n].
+        replicas: how many.
+
+    Returns:
+        Tensor of shape [replicas * n], what the replicas have sent to this one, in their order.
+    """
+    if replicas == 1:
+        return flat
+    parts = tf.reshape(flat, [replicas, -1])
+    pieces = [_tensorflow.all_to_all(piece) for piece in _in_pieces(parts, axis=1)]
+    parts = pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=1)
+    return tf.reshape(parts, [-1])
+
+
+def join_parts(flat: tf.Tensor, replicas: int) -> tf.Tensor:
+    """The replicas' flat tensors one after the other, in replica context.
+
+    Args:
+        flat: tensor of shape [n].
+        replicas: how many.
+
+    Returns:
+        Tensor of shape [replicas * n].
+    """
+    if replicas == 1:
+        return flat
+    pieces = [
+        tf.reshape(_tensorflow.all_gather(piece), [replicas, -1])
+        for piece in _in_pieces(flat, axis=0)
+    ]
+    parts = pieces[0] if len(pieces) == 1 else tf.concat(pieces, axis=1)
+    return tf.reshape(parts, [-1])
+
+
+def _in_pieces(tensor: tf.Tensor, axis: int) -> list[tf.Tensor]:
+    """A tensor cut along an axis, each index's part of some megabytes at most."""
+    length, most = tensor.shape[axis], _PIECE_BYTES // tensor.dtype.size
+    if length <= most:
+        return [tf.identity(tensor)]  # an argument alone has no device
+    sizes = [most] * (length // most) + ([length % most] if length % most else [])
+    return tf.split(tensor, sizes, axis=axis)
 
 
 def gather(strategy: tf.distribute.Strategy, rows: Sequence[Sequence[int]]) -> np.ndarray:

@@ -28,7 +28,8 @@ class OverlappedBoundary(Boundary):
         with self._strategy.scope():
             for v in self.statistics:
                 if id(v) not in self._sent_statistics:
-                    copy = tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False, name="sent")
+                    zeros = tf.zeros(v.shape, v.dtype)
+                    copy = tf.Variable(zeros, False, dtype=zeros.dtype, name="sent")
                     self._sent_statistics[id(v)] = copy
 
     @property
@@ -82,7 +83,7 @@ class OverlappedBoundary(Boundary):
 
     def _outer_step(self, sums: list[tf.Tensor]) -> tf.Tensor:
         """The outer step of a block that has arrived. Returns the drift."""
-        sums, header = self._detach(sums)
+        sums, header = self._detach(self._decoded(sums))
 
         def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
             d, numbers = self._means(sums, header)[0], self.header.read(header)
@@ -122,16 +123,15 @@ class OverlappedBoundary(Boundary):
         """What was in flight when a backup was written; no data had ended."""
         taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
         finite = tf.equal(first, 0)
-        tensors = [x for optimizer in self._optimizers for x in optimizer.sent]
+        codes, tensors = self._sent_again()
         for v in self.statistics:
             sent = tf.convert_to_tensor(self._sent_statistics[id(v)])
             tensors.append(tf.where(finite, sent, tf.zeros_like(sent)))
         tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
         told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
         square = tf.convert_to_tensor(self._sent_square)
-        return self._attach(
-            pack(tensors), self._header(told, taking_part > 0, steps, first, square)
-        )
+        header = self._header(told, taking_part > 0, steps, first, square)
+        return [*codes, *self._attach(pack(tensors), header)]
 
 
 class Flight:

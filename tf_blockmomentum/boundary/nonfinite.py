@@ -19,14 +19,12 @@ def make_finite(optimizer: Any) -> None:
             v.assign(tf.where(tf.math.is_finite(value), value, instead))
 
 
-def describe(
-    firsts: Sequence[int], variables: Sequence[Any], blocks: int, compressed: bool
-) -> str:
+def describe(firsts: Sequence[int], variables: Sequence[Any], blocks: int, limited: bool) -> str:
     """What is not finite where. `firsts`: for each replica 0, or the number, from 1, of the first
-    of the variables whose delta is not."""
+    of the variables whose delta is not. `limited`: whether it travels as float16."""
     what = "; ".join(
         f"replica {r} in variable {getattr(v, 'path', v.name)!r}"
         for r, v in ((r, variables[first - 1]) for r, first in enumerate(firsts) if first)
     )
-    bad_is = "NaN or infinity" + (", or too large for float16" if compressed else "")
+    bad_is = "NaN or infinity" + (", or too large for float16" if limited else "")
     return f"A delta is not finite ({bad_is}) in block {blocks}: {what}"
