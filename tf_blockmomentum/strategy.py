@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum import progress
+from tf_blockmomentum import memory, progress
 from tf_blockmomentum._private.tensorflow import (
     as_a_number,
     broadcast_initial_values_of_any_dtype,
@@ -58,6 +58,10 @@ class BlockStrategy(tf.distribute.Strategy):
     _marks_none = False
     _meetings: Meetings | None = None
     _one_replica = False
+
+    def __init__(self, *args, **kwargs) -> None:
+        memory.keep()  # before there are threads that allocate
+        super().__init__(*args, **kwargs)
 
     def meeting(self, place: str) -> contextlib.AbstractContextManager:
         """Around what all workers have to call; `place` says to people where they are. Raises

@@ -8,6 +8,8 @@ import os
 import re
 import subprocess
 
+from tf_blockmomentum import memory
+
 # Intra-op, inter-op, and what NumPy's BLAS and other OpenMP libraries go by.
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -41,8 +43,10 @@ def share_out(
     wanted[THREADS[1]] = str(max(each, len(own_gpus[0])))
     given = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
     common = {name: value for name, value in wanted.items() if name not in os.environ}
+    says_threads = bool(common)
+    common |= memory.settings(os.environ, each)
     said = f"{_count(workers, 'worker')} on {_count(available, 'core')}"
-    if common:
+    if says_threads:
         said += f", {_count(each, 'thread')} each"
     if given:
         said += f" (as you set: {', '.join(given)})"

@@ -1,0 +1,45 @@
+"""What glibc is told, and that the user's word wins."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tf_blockmomentum import memory
+
+PROGRAM = """
+import resource
+import tf_blockmomentum as tfbm
+import numpy as np
+
+tfbm.MultiDeviceBlockStrategy(["CPU:0"])
+for n in range(60):
+    if n == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(190_000)  # 1.5 MB, freed at once
+print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+@pytest.mark.parametrize("given", [{}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}])
+def test_memory_that_is_freed_is_kept(given):
+    """Under a strategy the same buffer costs pages once; with the user's own setting, each time
+    as without us."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(
+        command, env=environment | given, capture_output=True, text=True, timeout=60, check=True
+    )
+    faults = int(re.search(r"faults (\d+)", done.stdout)[1])
+    assert faults > 10_000 if given else faults < 2_000
+
+
+def test_what_a_worker_is_told():
+    told = memory.settings({}, 1)
+    assert told["MALLOC_ARENA_MAX"] == "1"
+    for user in ("MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
+        assert memory.settings({user: "x"}, 1) == {}
+    assert memory.settings({}, 64) == {}  # threads of many cores would wait for one arena
