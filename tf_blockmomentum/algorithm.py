@@ -217,17 +217,29 @@ class Blocks(Settings):
         return getattr(self.sync_period, "measures_drift", False)
 
     @property
+    def reads_rate(self):
+        """Whether the schedule of `sync_period` wants to know the inner learning rate."""
+        return getattr(self.sync_period, "reads_rate", False)
+
+    @property
     def period(self):
         """K of the present block, an int."""
         if not self.scheduled:
             return self.sync_period
-        return schedules.period_of(
-            self.sync_period, int(self._global_step.numpy()), int(self._adapted.numpy())
-        )
+        step, adapted = int(self._global_step.numpy()), int(self._adapted.numpy())
+        if not self.reads_rate:
+            return schedules.period_of(self.sync_period, step, adapted)
+        if not adapted:  # the block begins; in a variable, for a backup in the middle of it
+            rate = _keras.rate_of(self.inner_optimizer)
+            adapted = schedules.period_of(self.sync_period, step, adapted, rate)
+            self._adapted.assign(adapted)
+        return adapted
 
     def adapt_period(self, period, steps, drift):
         """Tells the schedule of a block that has ended, `steps` of its `period` long."""
-        if self.measures_drift and steps:
+        if self.reads_rate:
+            self._adapted.assign(0)
+        elif self.measures_drift and steps:
             before = int(self._adapted.numpy())
             begun = int(self._global_step.numpy()) - steps
             adapted = self.sync_period.adapt(begun, period, drift)

@@ -24,7 +24,8 @@ class BlockTraining(keras.callbacks.Callback):
     It gives the model its training function for the length of fit. A block is cut
     short at the end of an epoch, before validation, so that validation, checkpoints
     and saved models are those of the anchor, the same on every replica.
-    BatchNormalization's moving statistics are averaged at every boundary; docs/your_script.md
+    BatchNormalization's moving statistics are averaged at every boundary, and there they are
+    estimated anew, since the anchor is not where they were taken; docs/your_script.md
     has the rule for each kind of variable. Replicas draw different dropout masks.
 
     Before its first step a fit compares the workers: if their weights differ, all take the
@@ -48,9 +49,19 @@ class BlockTraining(keras.callbacks.Callback):
             boundary, as in `BlockLoop`; the count is in `skipped`. A loss that was NaN
             stays in its epoch's metrics. With Keras's TerminateOnNaN in the same fit, "raise"
             stops all workers without an error instead.
+        refresh_statistics: with how many of each replica's last batches of an epoch the moving
+            statistics of BatchNormalization (and of layers alike, see
+            `tfbm.refresh_statistics`) are estimated anew at the anchor; 0: never; default 16.
+            For it the training step is run on them once more, its optimizers' updates left out;
+            all else that it assigns (metrics, seeds, counters) is put back. Training itself is
+            not changed by it. Memory: these batches, from when they are trained on until the
+            epoch ends; in a backup within an epoch they are on disk too. Time: as many forward
+            passes an epoch, and another trace of the step. No cost without such layers. Batches
+            of `train_on_batch` are not counted, and what is saved within an epoch has the
+            replicas' mean statistics.
 
     Raises:
-        ValueError: at the start of fit, if the model's optimizer is no BlockMomentum,
+        ValueError: an argument out of its range; at the start of fit, if the model's optimizer is no BlockMomentum,
             or XLA is asked for and a layer does not support it.
         FloatingPointError: from fit, on every worker: a replica is not finite.
 

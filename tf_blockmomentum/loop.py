@@ -206,7 +206,7 @@ class BlockLoop:
     def refresh_with(
         self, batches: Iterable[Any], spec: Any = None, layers: Iterable[Any] | None = None
     ) -> None:
-        """As `refresh`, after a flush. `layers`: where to look for statistics, if that is known."""
+        """As `refresh`, after a flush. `layers`: where to look for statistics, if known."""
         if self._refresh is None:
             self._refresh = Refresh(
                 self._step_fn, self._strategy, self._jit, self._wrappers, layers, self._local_step

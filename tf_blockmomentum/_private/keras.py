@@ -158,6 +158,12 @@ def learning_rates(optimizer):
     return [rate for rate in rates if isinstance(rate, keras.Variable)]
 
 
+def rate_of(optimizer: Any) -> float:
+    """An optimizer's learning rate now; of a MultiOptimizer, its parts' largest."""
+    parts = [part for part in parts_of(optimizer) if len(parts_of(part)) == 1]
+    return max(float(part.learning_rate) for part in parts)
+
+
 def counters(optimizer):
     """The counts of steps of an optimizer and those inside it, which schedules go by."""
     return [part._iterations for part in parts_of(optimizer)]
