@@ -36,9 +36,9 @@ class Boundaries(keras.callbacks.Callback):
             self.position = 0
 
 
-def fit(strategy, make_optimizer, dataset, jit=False):
+def fit(strategy, make_optimizer, dataset, jit=False, kind=keras.Sequential):
     with scope(strategy):
-        model = keras.Sequential([keras.Input([FEATURES]), keras.layers.Dense(CLASSES)])
+        model = kind([keras.Input([FEATURES]), keras.layers.Dense(CLASSES)])
         model.compile(
             make_optimizer(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
@@ -389,6 +389,38 @@ def test_inner_state(strategy_of, inner_state):
     )
     for got, expected in zip(seen.weights, want, strict=True):
         close(got, expected, 2e-6)
+
+
+class Proximal(keras.Sequential):
+    """Li et al. (2020), eq. 2, as docs/methods.md has it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+            pairs = self.optimizer.pairs
+            loss += 0.7 / 2 * sum(tf.reduce_sum((w - anchor) ** 2) for w, anchor in pairs)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def test_fedprox(strategy_of):
+    def proximal_sgd(weights, grads, anchor, step):
+        anchor = weights if anchor is None else anchor
+        pulled = zip(weights, grads, anchor, strict=True)
+        return [w - RATE * (g + 0.7 * (w - a)) for w, g, a in pulled], anchor
+
+    batches, dataset = data(STEPS, 2)
+    want, *_ = reference.local_training(
+        start(), batches, reference.softmax_gradients, proximal_sgd, block_momentum(0.5),
+        lambda *_: 4, lambda states: [None] * len(states),
+    )  # fmt: skip
+    _, seen = fit(
+        strategy_of(2), lambda: tfbm.BlockMomentum(SGD(RATE), 4, 0.5), dataset, kind=Proximal
+    )
+    for got, expected in zip(seen.weights, want, strict=True):
+        close(got, expected)
 
 
 def test_schedule_free_adamw_is_averaged_or_refused(strategy_of):

@@ -155,7 +155,7 @@ def a_loop_with_uneven_data(strategy):
     for count in (1, 0):
         keras.utils.set_random_seed(3)
         with strategy.scope():
-            model, inner = model_with(None)
+            _, inner = model_with(None)
             head = keras.layers.Dense(3)
             head.build([None, 5])
             optimizer = tfbm.BlockMomentum(keras.optimizers.Adam(0.02), 4, 0.8)

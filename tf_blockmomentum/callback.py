@@ -61,8 +61,8 @@ class BlockTraining(keras.callbacks.Callback):
             replicas' mean statistics.
 
     Raises:
-        ValueError: an argument out of its range; at the start of fit, if the model's optimizer is no BlockMomentum,
-            or XLA is asked for and a layer does not support it.
+        ValueError: an argument out of its range; at the start of fit, if the model's
+            optimizer is no BlockMomentum, or XLA is asked for and a layer does not support it.
         FloatingPointError: from fit, on every worker: a replica is not finite.
 
     Example:
