@@ -242,7 +242,7 @@ def _run(what, strategy, wrap, copies, path):
         training = training_data(what, strategy, wrap, arrays, 1 if own else copies)
         training |= validation_data(what, arrays, copies)
         recorder, callbacks = Recorder(), callbacks_of(what, evaluation, path)
-        ours = [tfbm.BlockTraining()] if wrap else []
+        ours = [tfbm.BlockTraining(refresh_statistics=0)] if wrap else []
         history = model.fit(
             **training, verbose=0, callbacks=[*ours, *callbacks.values(), recorder]
         ).history

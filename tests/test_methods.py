@@ -36,9 +36,9 @@ class Boundaries(keras.callbacks.Callback):
             self.position = 0
 
 
-def fit(strategy, make_optimizer, dataset, jit=False):
+def fit(strategy, make_optimizer, dataset, jit=False, kind=keras.Sequential):
     with scope(strategy):
-        model = keras.Sequential([keras.Input([FEATURES]), keras.layers.Dense(CLASSES)])
+        model = kind([keras.Input([FEATURES]), keras.layers.Dense(CLASSES)])
         model.compile(
             make_optimizer(), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
@@ -74,6 +74,27 @@ def adamw(weights, grads, state, step):
         for w, a, b in zip(weights, m, v, strict=True)
     ]
     return weights, (m, v)
+
+
+def stock(make):
+    """A Keras optimizer as it stands, outside any wrapper, as inner recursion."""
+
+    def inner(weights, grads, state, step):
+        if state is None:
+            variables = [keras.Variable(w, dtype="float32") for w in weights]
+            state = make(), variables
+            state[0].build(variables)
+        optimizer, variables = state
+        for v, w in zip(variables, weights, strict=True):
+            v.assign(w)
+        optimizer.apply([tf.constant(g, tf.float32) for g in grads], variables)
+        return [v.numpy().astype("float64") for v in variables], state
+
+    return inner
+
+
+def muon():
+    return keras.optimizers.Muon(0.05)
 
 
 def bmuf_nbm(start, gain, state, step):
@@ -138,6 +159,11 @@ METHODS = {
     "DiLoCo": (2, adamw, diloco, lambda: tfbm.BlockMomentum(
         keras.optimizers.AdamW(0.05, weight_decay=0.1), 4, block_momentum=0.9, nesterov=True,
         block_learning_rate=0.7)),
+    "SNOO": (1, adamw, diloco, lambda: tfbm.BlockMomentum(
+        keras.optimizers.AdamW(0.05, weight_decay=0.1), 4, block_momentum=0.9, nesterov=True,
+        block_learning_rate=0.7)),
+    "MuLoCo": (2, stock(muon), diloco, lambda: tfbm.BlockMomentum(
+        muon(), 4, block_momentum=0.9, nesterov=True, block_learning_rate=0.7)),
     "FedAdam": (2, sgd, fedadam, lambda: tfbm.BlockMomentum(
         SGD(RATE), 4, outer_optimizer=keras.optimizers.Adam(0.1, beta_2=0.99, epsilon=1e-3))),
     "Lookahead": (1, sgd, lookahead, lambda: tfbm.BlockMomentum(
@@ -155,7 +181,7 @@ def test_a_published_recursion(strategy_of, name):
     model, seen = fit(strategy_of(replicas), make, dataset, jit=name == "DiLoCo")
     assert seen.lengths == [4, 4, 4, 4, 2]
     # Adam divides by the root of small numbers, which magnifies float32's rounding.
-    tolerance = 3e-5 if name in ("DiLoCo", "FedAdam") else 1e-6
+    tolerance = 3e-5 if name in ("DiLoCo", "SNOO", "MuLoCo", "FedAdam") else 1e-6
     for got, expected in zip(seen.weights, want, strict=True):
         close(got, expected, tolerance)
 
@@ -249,6 +275,61 @@ def test_a_schedule_of_the_period(strategy_of, tmp_path, name):
     assert type(loaded.sync_period) is type(model.optimizer.sync_period)
 
 
+def quadratic(step, drift):
+    """Gu et al. (2024), eq. 2; until step 4 the value at the peak."""
+    return max(2, int((0.4 / decayed_rate(max(step, 4))) ** 2))
+
+
+def test_k_follows_the_learning_rate(strategy_of, tmp_path):
+    """Which has another value at every fourth step, in the middle of blocks too."""
+    batches, dataset = data(30, 2)
+    want, lengths, following = reference.local_training(
+        start(), batches, reference.softmax_gradients, decayed_sgd, block_momentum(0.5), quadratic
+    )
+    assert len(set(lengths)) > 2
+    period = tfbm.schedules.QuadraticPeriod(2, 0.4, warmup_steps=4, peak_rate=decayed_rate(4))
+    model, seen = fit(strategy_of(2), lambda: tfbm.BlockMomentum(decaying(), period, 0.5), dataset)
+    assert seen.lengths == lengths
+    for got, expected in zip(seen.weights, want, strict=True):
+        close(got, expected)
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras").optimizer
+    assert loaded.period == model.optimizer.period == following
+    assert loaded.sync_period.get_config() == period.get_config()
+
+    # Whoever sets the rate: it counts from the next block on, one that has begun keeps its K.
+    optimizer = tfbm.BlockMomentum(SGD(0.1), tfbm.schedules.QuadraticPeriod(2, 0.2))
+    w = keras.Variable(np.ones([2]))
+    optimizer.build([w])
+    loop = tfbm.BlockLoop(lambda x: optimizer.apply([x * w], [w]), optimizer)
+    iterator = iter(tf.data.Dataset.from_tensors([1.0, 2.0]).repeat(40))
+    loop.run(iterator, 1)
+    optimizer.learning_rate = 0.05
+    loop.run(iterator, 3)
+    assert (optimizer.blocks, loop.position, optimizer.period) == (1, 0, 16)
+    optimizer.learning_rate = 0.0
+    loop.run(iterator, 1)
+    loop.run(iterator, 30)
+    assert (optimizer.blocks, loop.position) == (2, 15)
+
+    post = tfbm.schedules.PostLocal(3, period)
+    again = tfbm.schedules.PostLocal.from_config(post.get_config())
+    assert (again(2, 0, 0.1), again(5, 0, 0.1)) == (1, 16)
+    assert again.reads_rate
+    assert period(5, rate=0.0) > 10**9
+    assert period(5, rate=float("nan")) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0, 0.1), (2, 0.0), (2, float("nan")), (2, 0.1, -1), (2, 0.1, 0, 0.3), (2, 0.1, 4, -1.0)],
+)
+def test_a_quadratic_period_that_cannot_be(arguments):
+    with pytest.raises(ValueError, match="Received: "):
+        tfbm.schedules.QuadraticPeriod(*arguments)
+
+
 @pytest.mark.parametrize("inner_momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_post_local_sgd_begins_as_synchronous_sgd(strategy_of, inner_momentum):
     """Whatever the block momentum; steps_per_execution does not divide what it is."""
@@ -308,6 +389,71 @@ def test_inner_state(strategy_of, inner_state):
     )
     for got, expected in zip(seen.weights, want, strict=True):
         close(got, expected, 2e-6)
+
+
+class Proximal(keras.Sequential):
+    """Li et al. (2020), eq. 2, as docs/methods.md has it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+            pairs = self.optimizer.pairs
+            loss += 0.7 / 2 * sum(tf.reduce_sum((w - anchor) ** 2) for w, anchor in pairs)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def test_fedprox(strategy_of):
+    def proximal_sgd(weights, grads, anchor, step):
+        anchor = weights if anchor is None else anchor
+        pulled = zip(weights, grads, anchor, strict=True)
+        return [w - RATE * (g + 0.7 * (w - a)) for w, g, a in pulled], anchor
+
+    batches, dataset = data(STEPS, 2)
+    want, *_ = reference.local_training(
+        start(), batches, reference.softmax_gradients, proximal_sgd, block_momentum(0.5),
+        lambda *_: 4, lambda states: [None] * len(states),
+    )  # fmt: skip
+    _, seen = fit(
+        strategy_of(2), lambda: tfbm.BlockMomentum(SGD(RATE), 4, 0.5), dataset, kind=Proximal
+    )
+    for got, expected in zip(seen.weights, want, strict=True):
+        close(got, expected)
+
+
+def test_schedule_free_adamw_is_averaged_or_refused(strategy_of):
+    """With both its points averaged, their average is too."""
+
+    def make():
+        return keras.optimizers.ScheduleFreeAdamW(0.05)
+
+    def end(states):
+        slots = [[v for v in o.variables[2:] if v.dtype == "float32"] for o, _ in states]
+        for parts in zip(*slots, strict=True):
+            mean = np.mean([part.numpy() for part in parts], axis=0)
+            for part in parts:
+                part.assign(mean)
+        return states
+
+    batches, dataset = data(STEPS, 2)
+    want, *_ = reference.local_training(
+        start(), batches, reference.softmax_gradients, stock(make), block_momentum(0.0),
+        lambda *_: 4, end,
+    )  # fmt: skip
+
+    def wrap(**kwargs):
+        return tfbm.BlockMomentum(make(), 4, **{"inner_state": "average", **kwargs})
+
+    _, seen = fit(strategy_of(2), lambda: wrap(block_momentum=0), dataset)
+    for got, expected in zip(seen.weights, want, strict=True):
+        close(got, expected, 3e-5)
+    for kwargs in ({}, {"block_momentum": 0, "inner_state": "keep"},
+                   {"block_momentum": 0, "block_learning_rate": 0.5},
+                   {"outer_optimizer": SGD(1.0)}):  # fmt: skip
+        with pytest.raises(ValueError, match="keeps a second point"):
+            wrap(**kwargs)
 
 
 def test_reset_slots_are_as_new_and_no_more_than_slots():

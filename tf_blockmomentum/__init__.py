@@ -37,6 +37,7 @@ else:
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum
     from tf_blockmomentum.outer import SlowMo
+    from tf_blockmomentum.statistics import refresh_statistics
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 
     _progress.install()
@@ -50,6 +51,7 @@ else:
         "MultiDeviceBlockStrategy",
         "MultiWorkerBlockStrategy",
         "SlowMo",
+        "refresh_statistics",
         "schedules",
         "spawn",
     ]

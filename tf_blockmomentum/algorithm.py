@@ -248,6 +248,11 @@ class Blocks(Settings):
         return self._warm_up > 0 and int(self._global_step.numpy()) < self._warm_up
 
     @property
+    def reads_rate(self):
+        """Whether the schedule of `sync_period` wants to know the inner learning rate."""
+        return getattr(self.sync_period, "reads_rate", False)
+
+    @property
     def period(self):
         """K of the block that begins where all blocks have landed, an int."""
         return self.period_after(0)
@@ -256,12 +261,21 @@ class Blocks(Settings):
         """K of the block that begins after so many steps of blocks that have not landed."""
         if not self.scheduled:
             return self.sync_period
-        begins = int(self._global_step.numpy()) + steps
-        return schedules.period_of(self.sync_period, begins, int(self._adapted.numpy()))
+        begins, adapted = int(self._global_step.numpy()) + steps, int(self._adapted.numpy())
+        if not self.reads_rate:
+            return schedules.period_of(self.sync_period, begins, adapted)
+        if steps or not adapted:  # the block begins
+            rate = _keras.rate_of(self.inner_optimizer)
+            adapted = schedules.period_of(self.sync_period, begins, adapted, rate)
+            if not steps:  # in a variable, for a backup in the middle of it
+                self._adapted.assign(adapted)
+        return adapted
 
     def adapt_period(self, period, steps, drift):
         """Tells the schedule of a block that has ended, `steps` of its `period` long."""
-        if self.measures_drift and steps:
+        if self.reads_rate:
+            self._adapted.assign(0)
+        elif self.measures_drift and steps:
             before = int(self._adapted.numpy())
             begun = int(self._global_step.numpy()) - steps
             adapted = self.sync_period.adapt(begun, period, drift)

@@ -13,6 +13,7 @@ from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
 from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.statistics import DEFAULT, check_refresh_statistics, with_statistics
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import BlockStrategy, worker_of
 
@@ -23,7 +24,8 @@ class BlockTraining(keras.callbacks.Callback):
     It gives the model its training function for the length of fit. A block is cut
     short at the end of an epoch, before validation, so that validation, checkpoints
     and saved models are those of the anchor, the same on every replica.
-    BatchNormalization's moving statistics are averaged at every boundary; docs/your_script.md
+    BatchNormalization's moving statistics are averaged at every boundary, and there they are
+    estimated anew, since the anchor is not where they were taken; docs/your_script.md
     has the rule for each kind of variable. Replicas draw different dropout masks.
 
     Before its first step a fit compares the workers: if their weights differ, all take the
@@ -47,10 +49,20 @@ class BlockTraining(keras.callbacks.Callback):
             boundary, as in `BlockLoop`; the count is in `skipped`. A loss that was NaN
             stays in its epoch's metrics. With Keras's TerminateOnNaN in the same fit, "raise"
             stops all workers without an error instead.
+        refresh_statistics: with how many of each replica's last batches of an epoch the moving
+            statistics of BatchNormalization (and of layers alike, see
+            `tfbm.refresh_statistics`) are estimated anew at the anchor; 0: never; default 16.
+            For it the training step is run on them once more, its optimizers' updates left out;
+            all else that it assigns (metrics, seeds, counters) is put back. Training itself is
+            not changed by it. Memory: these batches, from when they are trained on until the
+            epoch ends; in a backup within an epoch they are on disk too. Time: as many forward
+            passes an epoch, and another trace of the step. No cost without such layers. Batches
+            of `train_on_batch` are not counted, and what is saved within an epoch has the
+            replicas' mean statistics.
 
     Raises:
-        ValueError: at the start of fit, if the model's optimizer is no BlockMomentum,
-            or XLA is asked for and a layer does not support it.
+        ValueError: an argument out of its range; at the start of fit, if the model's
+            optimizer is no BlockMomentum, or XLA is asked for and a layer does not support it.
         FloatingPointError: from fit, on every worker: a replica is not finite.
 
     Example:
@@ -63,11 +75,17 @@ class BlockTraining(keras.callbacks.Callback):
     2
     """
 
-    def __init__(self, jit_compile: bool | str = "auto", on_nonfinite: str = "raise") -> None:
+    def __init__(
+        self,
+        jit_compile: bool | str = "auto",
+        on_nonfinite: str = "raise",
+        refresh_statistics: int = DEFAULT,
+    ) -> None:
         super().__init__()
         resolve_jit(jit_compile)
         self.jit_compile = jit_compile
         self.on_nonfinite = check_on_nonfinite(on_nonfinite)
+        self.refresh_statistics = check_refresh_statistics(refresh_statistics)
         self._loop: BlockLoop | None = None
         self._begin = 0
         self._fit = Fit()
@@ -103,17 +121,17 @@ class BlockTraining(keras.callbacks.Callback):
             block_momentum.check_same_scope("model", model.distribute_strategy)
         # A fit leaves its callback on the model; compile takes it away.
         earlier = getattr(model.train_function, "__self__", None)
-        settings = (self.jit_compile, self.on_nonfinite)
-        if isinstance(earlier, BlockTraining) and settings == (
-            earlier.jit_compile,
-            earlier.on_nonfinite,
-        ):
+        if isinstance(earlier, BlockTraining) and self._settings == earlier._settings:
             self._loop = earlier._loop  # compiled already
         else:
             self._loop = None
         self._wrappers = wrappers
         # The next batch goes to the GPU while it computes; on a CPU there is nothing to copy.
         self._reads_ahead = bool(tf.config.list_physical_devices("GPU"))
+
+    @property
+    def _settings(self) -> tuple:
+        return self.jit_compile, self.on_nonfinite, self.refresh_statistics
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """A new fit: before its first step the workers compare what they start from."""
@@ -174,6 +192,8 @@ class BlockTraining(keras.callbacks.Callback):
                 jit_compile=model_jit(model, self.jit_compile),
                 on_nonfinite=self.on_nonfinite,
             )
+            if self.refresh_statistics and with_statistics(_keras.layers_of(model)):
+                self._loop.keep(self.refresh_statistics)
             self._begin_fit()
         return self._loop
 
@@ -194,6 +214,10 @@ class BlockTraining(keras.callbacks.Callback):
             loop.wants_to_stop |= bool(self.model.stop_training)
             loop.end_epoch()
             self.model.stop_training |= loop.ending.stopping
+            if loop.kept is not None:
+                self.flush()
+                with _eagerly(self.model.run_eagerly):
+                    loop.refresh_with(loop.kept.take(), layers=_keras.layers_of(self.model))
 
     def after_callbacks(self) -> None:
         """Called at the end of an epoch after all callbacks: brings all workers to the same
@@ -217,6 +241,8 @@ class BlockTraining(keras.callbacks.Callback):
         assert self._loop is not None
         model = self._model
         self._loop.begin_fit(lambda: _keras.shared_variables(model), self._fit.data)
+        if self._loop.kept is not None:
+            self._loop.kept.take()  # of a fit that was interrupted
         stops = self._fit.stops_on_nan and self.on_nonfinite == "raise"
         self._loop.ending.on_nonfinite = "stop" if stops else self.on_nonfinite
         generators = _keras.seed_generators(model)

@@ -3,7 +3,7 @@
 import contextlib
 import numbers
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -12,6 +12,7 @@ from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.ending import Ending
 from tf_blockmomentum.optimizer import BlockMomentum, check_strategy, find
 from tf_blockmomentum.start import start_alike
+from tf_blockmomentum.statistics import LastBatches, Refresh, batches_of
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, next_batch, resolve_jit
 from tf_blockmomentum.strategy import check_number
 
@@ -112,11 +113,12 @@ class BlockLoop:
         self._epoch_begins = True
         self.begin_fit()
 
+        self._step_fn = step_fn
+        self.kept: LastBatches | None = None  # of this epoch
+        self._refresh: Refresh | None = None  # made when first used
+
         def local_step(data: Any) -> Any:
-            with contextlib.ExitStack() as stack:
-                for block_momentum in self.optimizers:
-                    stack.enter_context(block_momentum.local_step())
-                stack.enter_context(self.ending.rules.recording())
+            with self._local_step(), self.ending.rules.recording():
                 return step_fn(data)
 
         steps = self.ending.replica.steps
@@ -179,6 +181,50 @@ class BlockLoop:
         self._notice_weights_set()
         self._end_block_begun()
         self.ending.settle()
+
+    def refresh(self, batches: Any) -> None:
+        """Flushes, and estimates the moving statistics (BatchNormalization's) of the layers that
+        the step function calls anew at the anchor, before somebody validates or saves.
+
+        The step function is run on each batch with its optimizers' updates left out, and all
+        that it assigns but the statistics is put back; what it returns is thrown away. The
+        statistics become those of all examples of all replicas together, as in
+        `tfbm.refresh_statistics`. All workers call it alike, with as many batches as each has.
+
+        Args:
+            batches: this worker's: a distributed dataset (with no strategy a tf.data dataset), an
+                iterator over one, of which all that is left is taken, or a list of batches. Some
+                ten are enough.
+
+        Raises:
+            FloatingPointError, RuntimeError: as from `flush`.
+        """
+        self.flush()
+        spec = getattr(batches, "element_spec", None)
+        self.refresh_with(batches_of(batches, self._strategy), spec)
+
+    def refresh_with(
+        self, batches: Iterable[Any], spec: Any = None, layers: Iterable[Any] | None = None
+    ) -> None:
+        """As `refresh`, after a flush. `layers`: where to look for statistics, if known."""
+        if self._refresh is None:
+            self._refresh = Refresh(
+                self._step_fn, self._strategy, self._jit, self._wrappers, layers, self._local_step
+            )
+        self._refresh(batches, spec)
+
+    def keep(self, batches: int) -> None:
+        """Keeps the last batches of an epoch from now on; before the first step."""
+        self.kept = LastBatches(batches)
+        self._local_steps.keep = self.kept.add
+
+    @contextlib.contextmanager
+    def _local_step(self) -> Iterator[None]:
+        """Around the step function: its optimizers may be applied."""
+        with contextlib.ExitStack() as stack:
+            for block_momentum in self.optimizers:
+                stack.enter_context(block_momentum.local_step())
+            yield
 
     # -- Python decides where blocks end ------------------------------------------------------
 

@@ -186,6 +186,7 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
         else:
             outer_optimizer = self._check_outer_optimizer(outer_optimizer, momentum)
         self.outer_optimizer = outer_optimizer
+        _check_schedule_free(inner_optimizer, inner_state, self._settings)
         _keras.make_local(self.inner_optimizer)
         _keras.make_local(self.outer_optimizer)
         self._stepping = False
@@ -457,6 +458,22 @@ def _checked(optimizer, what):
             f"{optimizer.name!r}. Wrap the optimizer inside it instead."
         )
     return optimizer
+
+
+def _check_schedule_free(inner_optimizer, inner_state, settings):
+    """Raises ValueError for ScheduleFreeAdamW inside in any other way than the one that is right:
+    one of its slots is no memory of gradients but a point beside the weights, from which it
+    recovers the average that it keeps, so both have to move alike."""
+    kind = getattr(keras.optimizers, "ScheduleFreeAdamW", ())  # since Keras 3.13
+    alike = inner_state == "average" and (settings["momentum"], settings["zeta"]) == (0, 1)
+    if any(isinstance(part, kind) for part in _keras.parts_of(inner_optimizer)) and not alike:
+        raise ValueError(
+            "ScheduleFreeAdamW keeps a second point beside the weights, which an outer step would "
+            'leave behind. Received: it as inner optimizer, with inner_state="'
+            f'{inner_state}", block_momentum={settings["momentum"]} and block_learning_rate='
+            f'{settings["zeta"]}. Use inner_state="average", block_momentum=0, which averages '
+            "both, or AdamW inside."
+        )
 
 
 def _initial_value(slot):

@@ -8,6 +8,8 @@ import numpy as np
 
 from tf_blockmomentum.strategy import check_number
 
+_LONGEST = 2**31 - 1  # steps of a block that the end of an epoch will end
+
 _register = keras.saving.register_keras_serializable(package="tf_blockmomentum")
 
 
@@ -23,6 +25,8 @@ class SyncPeriodSchedule:
     # the anchor becomes the mean, and the velocity does not move.
     warm_up = 0
     measures_drift = False
+    # Whether it is called with the inner learning rate too, once at the beginning of each block.
+    reads_rate = False
     initial = 1
 
     def __call__(self, step, adapted):
@@ -176,6 +180,78 @@ class DriftPeriod(SyncPeriodSchedule):
 
 
 @_register
+class QuadraticPeriod(SyncPeriodSchedule):
+    r"""K follows the inner learning rate: $\max(minimum, \lfloor(\alpha / \eta)^2\rfloor)$.
+
+    The quadratic synchronisation rule: under a rate that decays, blocks that grow as its inverse
+    square communicate less and less, and generalise better than a constant K. $\eta$ is the inner
+    optimizer's learning rate when a block begins, whoever has set it: a schedule of Keras's, a
+    callback (on all workers alike), or an assignment; of several in a MultiOptimizer the largest.
+    K stays what it was then for the whole block.
+
+    Where the rate first rises (a warm-up), its low values would make for long blocks at the worst
+    time. The paper keeps K at its value for the peak rate until then; so do `warmup_steps` with
+    `peak_rate`, and without it K is `minimum`, which is never longer. With a rate of 0 a block
+    lasts until the epoch ends.
+
+    Args:
+        minimum: the shortest block, the paper's $H_{base}$.
+        alpha: in units of the learning rate; the paper's are from .001 (Adam inside) to .3 (SGD
+            inside, peak rate .8). K grows beyond `minimum` from a rate of
+            $\alpha / \sqrt{minimum + 1}$ on.
+        warmup_steps: local steps at the beginning in which K does not follow the rate.
+        peak_rate: the learning rate at their end, if K is to be that for it; else `minimum`.
+
+    Not for: a constant rate, with which K is constant.
+
+    Source: Gu et al., "A Quadratic Synchronization Rule for Distributed Deep Learning"
+    (arXiv 2310.14423), section 3.
+
+    Example:
+
+    >>> period = tfbm.schedules.QuadraticPeriod(minimum=4, alpha=0.2)
+    >>> period(0, rate=0.1), period(1000, rate=0.05), period(2000, rate=0.01)
+    (4, 16, 400)
+    """
+
+    reads_rate = True
+    initial = 0  # not yet read
+
+    def __init__(self, minimum, alpha, warmup_steps=0, peak_rate=None):
+        self.minimum = check_period(minimum, "minimum")
+        self.alpha = _positive(alpha, "alpha")
+        check_number(
+            "warmup_steps", warmup_steps, numbers.Integral, "a whole number of at least 0", 0
+        )
+        self.warmup_steps = int(warmup_steps)
+        self.peak_rate = None if peak_rate is None else _positive(peak_rate, "peak_rate")
+        if self.peak_rate and not self.warmup_steps:
+            raise ValueError(
+                "`peak_rate` is about the warm-up. Received: peak_rate="
+                f"{peak_rate!r}, warmup_steps=0. Say how many steps that takes, or leave it out."
+            )
+
+    def __call__(self, step, adapted=None, rate=None):
+        if step < self.warmup_steps:
+            rate = self.peak_rate
+            if rate is None:
+                return self.minimum
+        if not rate > 0:  # NaN too
+            return _LONGEST if rate == 0 else self.minimum
+        # A rate is a float32: .1 is a little more, which must not take a whole step off.
+        longest = min((self.alpha / rate) ** 2 * (1 + 1e-6), _LONGEST)
+        return max(self.minimum, int(longest))
+
+    def get_config(self):
+        return {
+            "minimum": self.minimum,
+            "alpha": self.alpha,
+            "warmup_steps": self.warmup_steps,
+            "peak_rate": self.peak_rate,
+        }
+
+
+@_register
 class PostLocal(SyncPeriodSchedule):
     """A synchronous warm start: K=1 and no block momentum until a step, then blocks.
 
@@ -205,10 +281,11 @@ class PostLocal(SyncPeriodSchedule):
                 f"{sync_period!r}. Give the later of the two numbers of steps to one."
             )
         self.measures_drift = getattr(sync_period, "measures_drift", False)
+        self.reads_rate = getattr(sync_period, "reads_rate", False)
         self.initial = getattr(sync_period, "initial", 1)
 
-    def __call__(self, step, adapted=None):
-        return 1 if step < self.steps else period_of(self.sync_period, step, adapted)
+    def __call__(self, step, adapted=None, rate=None):
+        return 1 if step < self.steps else period_of(self.sync_period, step, adapted, rate)
 
     def adapt(self, step, period, drift):
         if step < self.steps:
@@ -225,10 +302,12 @@ class PostLocal(SyncPeriodSchedule):
         return cls(config["steps"], deserialize(config["sync_period"]))
 
 
-def period_of(sync_period, step, adapted):
+def period_of(sync_period, step, adapted, rate=None):
     """K at a step, of a whole number, a schedule, or another callable."""
     if isinstance(sync_period, numbers.Integral):
         return sync_period
+    if getattr(sync_period, "reads_rate", False):
+        return sync_period(step, adapted, rate)
     if isinstance(sync_period, SyncPeriodSchedule):
         return sync_period(step, adapted)
     return check_period(sync_period(step), f"sync_period({step})")
@@ -266,3 +345,11 @@ def landing_step(overlap, period):
     0 without overlap."""
     # What a product's rounding adds is no step: 0.1 * 30 is a little more than 3.
     return min(math.ceil(overlap * period - 1e-9), period)
+
+
+def _positive(value, name):
+    # By hand, since `check_number` takes its lower bound in.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}.")
+    return float(value)

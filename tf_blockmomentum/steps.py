@@ -36,6 +36,7 @@ class LocalSteps:
         self._step_fn = functools.partial(_as_one_replica, strategy, step_fn)
         self._jit = jit_compile
         self._after_step = after_step
+        self.keep: Callable[[Any], Any] | None = None  # called with the Optional of each batch
         self.specs: Any = None  # of what a step returns, once one has been traced
         self._make()
 
@@ -76,8 +77,11 @@ class LocalSteps:
 
     def trace_spec(self, element_spec: Any) -> None:
         """As `trace`, where there is no iterator yet."""
-        step = self._building(lambda: self._one_step.get_concrete_function(element_spec))
-        self.specs = step.structured_outputs[0]
+        self.specs = self.traced(element_spec).structured_outputs[0]
+
+    def traced(self, data: Any) -> Any:
+        """The function that takes a step on a batch, or on batches of a spec."""
+        return self._building(lambda: self._one_step.get_concrete_function(data))
 
     def one_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         """One step on a batch of this worker: outputs, and whether it was not empty."""
@@ -179,6 +183,8 @@ class LocalSteps:
                 return tf.logical_and(i < count, following.has_value())
 
         def body(i: Any, following: Any, outputs: Any) -> Any:
+            if self.keep is not None:
+                self.keep(following)
             new, taken = one_step(following.get_value())
             new = [tensor for tensor in tf.nest.flatten(new) if tensor is not None]
             outputs = tf.cond(taken, lambda: new, lambda: outputs) if new else outputs
@@ -210,6 +216,8 @@ class LocalSteps:
         following = next_batch(iterator, self._strategy) if first is None else first
         taken, outputs = 0, None
         while taken < count and following.has_value():
+            if self.keep is not None:
+                self.keep(following)
             new, some = self.one_step(following.get_value())
             outputs = new if some or outputs is None else outputs
             taken += 1

@@ -39,7 +39,7 @@ class LocalUpdate(keras.optimizers.Optimizer):
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         # `update_step` gets TensorFlow's variables, as it does on one device.
-        own = [_replica_part(v) for v in trainable_variables]
+        own = [replica_part(v) for v in trainable_variables]
         _BaseOptimizer._backend_update_step(self, grads, own, learning_rate)
 
     # A per-replica variable takes no sparse update (an embedding's gradient), only
@@ -56,10 +56,10 @@ class LocalUpdate(keras.optimizers.Optimizer):
 
 
 def _part_for(variable, value):
-    return _replica_part(variable) if isinstance(value, tf.IndexedSlices) else variable
+    return replica_part(variable) if isinstance(value, tf.IndexedSlices) else variable
 
 
-def _replica_part(variable):
+def replica_part(variable):
     """The TensorFlow variable that a variable is in this replica."""
     variable = variable.value if isinstance(variable, keras.Variable) else variable
     context = tf.distribute.get_replica_context()
@@ -158,6 +158,12 @@ def learning_rates(optimizer):
     return [rate for rate in rates if isinstance(rate, keras.Variable)]
 
 
+def rate_of(optimizer: Any) -> float:
+    """An optimizer's learning rate now; of a MultiOptimizer, its parts' largest."""
+    parts = [part for part in parts_of(optimizer) if len(parts_of(part)) == 1]
+    return max(float(part.learning_rate) for part in parts)
+
+
 def counters(optimizer):
     """The counts of steps of an optimizer and those inside it, which schedules go by."""
     return [part._iterations for part in parts_of(optimizer)]
@@ -225,6 +231,27 @@ def in_a_layer() -> bool:
     return (
         keras.src.backend.common.global_state.get_global_attribute("current_call_ctx") is not None
     )
+
+
+def layers_being_called() -> list[Any]:
+    """The layer or model that a step is calling, and all layers in it; of nested calls Keras
+    keeps the outermost."""
+    context = keras.src.backend.common.global_state.get_global_attribute("current_call_ctx")
+    return [] if context is None else list(context.entry_layer._flatten_layers())
+
+
+@contextlib.contextmanager
+def without_updates(optimizer: Any) -> Iterator[None]:
+    """Inside, a step that applies this optimizer updates nothing. `apply` is what Keras's trainer
+    and users call; there is no switch for it."""
+    names = ("apply", "apply_gradients")
+    for name in names:
+        setattr(optimizer, name, lambda *args, **kwargs: optimizer.iterations)
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(optimizer, name)
 
 
 def is_plain_state(variable: Any) -> bool:

@@ -91,6 +91,19 @@ def assigned_in(graph: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+def variables_written(function: Any) -> list[Any]:
+    """The variables, each replica's its own, that a compiled function assigns, within its loops,
+    branches and inner functions too. TensorFlow finds out which it only reads, to let them run
+    side by side, and has no public function that tells."""
+    from tensorflow.python.framework import auto_control_deps_utils
+
+    graph = function.graph
+    read = auto_control_deps_utils.get_read_only_resource_input_indices_graph(graph)
+    only_read = {id(graph.inputs[i]) for i in read}
+    handles = {id(outside) for outside, inside in graph.captures if id(inside) not in only_read}
+    return [v for v in graph.variables if id(v.handle) in handles]
+
+
 _made: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 

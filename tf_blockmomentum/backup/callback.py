@@ -276,6 +276,8 @@ class BlockBackup(keras.callbacks.Callback):
                     for a in value  # a scalar weight is no array
                 ):
                     arrays |= {f"callback-{n}/{name}/{k}": a for k, a in enumerate(value)}
+        if self._loop.kept is not None:
+            arrays |= self._loop.kept.arrays()
         if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
             arrays |= position_of(iterator)
 
@@ -408,6 +410,8 @@ class BlockBackup(keras.callbacks.Callback):
                 give_replicas_different_seeds(generator, self._strategy, self._replicas)
         if exact:
             self._loop.go_on(meta["position"])
+            if self._loop.kept is not None:
+                self._loop.kept.restore(pieces[0], self._epochs.element_spec)
         else:
             for optimizer in self._optimizers:
                 optimizer.discard_block()
