@@ -278,7 +278,7 @@ class Clock(keras.callbacks.Callback):
         self.epochs.append(time.perf_counter() - self._began)
 
 
-def train(build, quick, steps, blocks=None, each=1, jit=True, data=None, epochs=4, attach=None):
+def train(build, quick, steps, blocks=None, each=1, jit=True, data=None, epochs=4):
     """Steps a second (median over epochs, the first left out), seconds until the first epoch's
     end, and the peak of memory in MiB. `blocks`: arguments of BlockMomentum; None: plain Keras."""
     keras.backend.clear_session()
@@ -300,8 +300,6 @@ def train(build, quick, steps, blocks=None, each=1, jit=True, data=None, epochs=
         )
     clock = Clock()
     training = [] if plain else [tfbm.BlockTraining(jit_compile=jit)]
-    if attach:
-        attach(training[0])
     data = tf.data.Dataset.from_tensors((x, y)).repeat() if data is None else data(strategy)
     model.fit(data, steps_per_epoch=steps, epochs=epochs, verbose=0, callbacks=[*training, clock])
     peak = None
@@ -439,8 +437,8 @@ def feed(quick):
 
 # not `input`: Python has one
 def part_input(quick):
-    """What reading ahead is worth: ours (the next batch while the present step is launched),
-    without, and TensorFlow's buffer on the device, which can crash."""
+    """Ours, which takes the next batch of an execution while a step is launched, beside Keras and
+    TensorFlow's buffer on the device, which can crash."""
     build, data = feed(quick)
     steps = 32 if quick else 128
 
@@ -450,20 +448,13 @@ def part_input(quick):
     def tensorflows(strategy):
         return strategy.experimental_distribute_dataset(data, tf.distribute.InputOptions())
 
-    def ahead(on):
-        return lambda training: setattr(training, "_reads_ahead", on)
-
     for each in (1, 32):
-        for what, blocks, source, attach in (
-            ("Keras", None, lambda _: data, None),
-            ("blocks, next batch not taken ahead", {"sync_period": NEVER}, ours, ahead(False)),
-            ("blocks, next batch taken ahead", {"sync_period": NEVER}, ours, ahead(True)),
-            ("blocks, TensorFlow's buffer", {"sync_period": NEVER}, tensorflows, ahead(False)),
-            ("blocks, one batch again and again", {"sync_period": NEVER}, None, ahead(True)),
+        for what, blocks, source in (
+            ("Keras", None, lambda _: data),
+            ("blocks", {"sync_period": NEVER}, ours),
+            ("blocks, TensorFlow's buffer", {"sync_period": NEVER}, tensorflows),
         ):
-            rate, _, _ = train(
-                build, quick, steps, blocks, each, True, source, epochs=3, attach=attach
-            )
+            rate, _, _ = train(build, quick, steps, blocks, each, True, source, epochs=3)
             say(what=what, steps_per_execution=each, steps_per_second=rate)
 
 

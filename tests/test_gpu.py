@@ -7,13 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import keras
-import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import scope
-
-import tf_blockmomentum as tfbm
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,45 +52,6 @@ def test_compiled_steps_and_boundaries_do_not_call_the_host(tmp_path):
             assert not away, f"{name}: {away}"
             if name != "packed":  # which assigns nothing
                 assert "input_output_alias" in text.splitlines()[0], name
-
-
-def compiled(strategy):
-    keras.utils.set_random_seed(3)
-    with scope(strategy):
-        model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2)])
-        model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1), sync_period=3), "mse")
-    return model
-
-
-@pytest.mark.parametrize("each", [1, 4])
-def test_a_batch_taken_ahead_is_the_next_step_s(strategy_of, each):
-    """On a GPU the next batch is taken while a step computes: the same batches are trained on, and
-    none is lost where an epoch ends in the middle of the data."""
-    weights = []
-    for ahead in (False, True):
-        model = compiled(strategy_of(2))
-
-        def batches():
-            rng = np.random.default_rng(0)
-            for _ in range(30):
-                yield rng.normal(size=[4, 4]), rng.normal(size=[4, 2])
-
-        model.steps_per_execution = each
-        training = tfbm.BlockTraining()
-
-        class KeepsTheSetting(keras.callbacks.Callback):
-            def on_train_begin(self, logs=None, training=training, ahead=ahead):
-                training._reads_ahead = ahead
-
-        model.fit(
-            batches(),
-            steps_per_epoch=12 // each,
-            epochs=2,
-            verbose=0,
-            callbacks=[training, KeepsTheSetting()],
-        )
-        weights.append(np.concatenate([w.ravel() for w in model.get_weights()]))
-    np.testing.assert_array_equal(*weights)
 
 
 @pytest.mark.slow  # a minute

@@ -126,8 +126,6 @@ class BlockTraining(keras.callbacks.Callback):
         else:
             self._loop = None
         self._wrappers = wrappers
-        # The next batch goes to the GPU while it computes; on a CPU there is nothing to copy.
-        self._reads_ahead = bool(tf.config.list_physical_devices("GPU"))
 
     @property
     def _settings(self) -> tuple:
@@ -171,7 +169,7 @@ class BlockTraining(keras.callbacks.Callback):
                 iterator,
                 steps if self._fit.counts_steps else min(steps, left),
                 last=total is not None and left <= steps,
-                peek=total is None or (self._reads_ahead and left > steps),
+                peek=total is None,
             )
         if loop.ending.stopping:
             model.stop_training = True
