@@ -127,6 +127,14 @@ class Blocks(Settings):
             if w.constraint is not None:
                 anchor.assign(w.constraint(anchor))
 
+    def velocities(self):
+        """The velocity of each variable with block momentum, in the order of `anchors`; none
+        without block momentum or with an `outer_optimizer` of the user's."""
+        outer = self.outer_optimizer
+        if not self.block_momentum or not getattr(outer, "momentums", None):
+            return []
+        return [outer.momentums[_keras.index_of(outer, a)] for a in self.anchors]
+
     # -- overlap: the outer step comes one block late ----------------------------------------
 
     def keep_deltas(self, deltas):
@@ -254,3 +262,12 @@ class Blocks(Settings):
 def square_norm(tensors):
     """The sum of the squares of all their elements, in float32."""
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
+
+
+def inner_product(tensors, others):
+    """The sum of the products of their elements, in float32."""
+    products = [
+        tf.reduce_sum(tf.cast(t, tf.float32) * tf.cast(o, tf.float32))
+        for t, o in zip(tensors, others, strict=True)
+    ]
+    return tf.add_n(products)

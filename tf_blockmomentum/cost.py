@@ -3,6 +3,10 @@
 import dataclasses
 import re
 
+# What a weight travels as, in bytes of float32's: 8 and 4 bits have a float16 scale for each
+# 256 values besides.
+CODES = {None: 1.0, "float16": 0.5, "int8": (8 + 16 / 256) / 32, "int4": (4 + 16 / 256) / 32}
+
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 
@@ -48,6 +52,11 @@ class CostModel:
     latency: float = 0.0
     boundary_seconds: float = 0.0
 
+    def compressed(self, compression=None):
+        """The model with deltas that travel as codes: None, "float16", "int8" or "int4" in place
+        of float32. Coding itself, a pass over the weights, is not in it."""
+        return dataclasses.replace(self, model_bytes=self.model_bytes * CODES[compression])
+
     def messages(self, replicas):
         """Seconds that the messages of one boundary take among `replicas` workers."""
         hops = 2 * (replicas - 1)
@@ -65,6 +74,10 @@ class CostModel:
     def step(self, sync_period, replicas, overlap=False):
         """Seconds of one step, its share of the boundary included."""
         return self.block(sync_period, replicas, overlap) / sync_period
+
+    def share(self, sync_period, replicas, overlap=False):
+        """The speed as a share of that without communication: 1 where a boundary costs nothing."""
+        return self.step_seconds / self.step(sync_period, replicas, overlap)
 
     def throughput(self, batch, sync_period, replicas, overlap=False):
         """Examples per second of all replicas together, each with `batch` a step."""

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.algorithm import square_norm
+from tf_blockmomentum.algorithm import inner_product, square_norm
 from tf_blockmomentum.boundary.exchange import sum_over_replicas, sum_packs
 from tf_blockmomentum.boundary.header import Header
 from tf_blockmomentum.boundary.nonfinite import make_finite
@@ -20,7 +20,7 @@ from tf_blockmomentum.variables import FIRST, MAXIMUM, MEAN, MINIMUM, ROUNDED, S
 
 _LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
 # What the host tells its replicas at a boundary: a vector, in this order.
-TOLD = ("ended", "stopping", "leaving", "set", "anchor")
+TOLD = ("ended", "stopping", "leaving", "set", "anchor", "busy", "stepping", "measuring")
 
 
 class Boundary:
@@ -50,12 +50,21 @@ class Boundary:
         self._overlap = optimizers[0].overlap
         self.header = Header(strategy.num_replicas_in_sync)
         self._residuals: dict[int, tf.Variable] = {}  # what compression has kept back so far
+        self.measures = False  # for a report
+        self.bytes = 0  # that a replica gives to the all-reduce, if it measures
         with strategy.scope():
             # Steps this replica took in this block.
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
             # Of the block whose deltas were sent last: whether they are in the mean, whether to
             # stop, steps, and the number of the first tensor not finite.
             self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
+            # For a report: the drift, the norms of mean delta and velocity, and their cosine; when
+            # all was packed, and when the sums had arrived.
+            self._measured = tf.Variable([0.0] * 4, trainable=False, name="measured")
+            self._times = [
+                tf.Variable(0.0, dtype=tf.float64, trainable=False, name=name)
+                for name in ("packed", "arrived")
+            ]
 
     def ready(self) -> None:
         """Makes what depends on the rules, once they are known."""
@@ -125,7 +134,8 @@ class Boundary:
 
     def boundary(self, told: tf.Tensor) -> tf.Tensor:
         """Ends this replica's block. Returns the status: the summed header, and the drift."""
-        sums, header = self._detach(sum_packs(self.leave(told)))
+        packs = self._timed(0, self.leave(told))
+        sums, header = self._detach(self._timed(1, sum_packs(packs)))
         come_back = self._compiled(self._come_back)
         some = self.header.read(header)["active"] > 0
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
@@ -138,6 +148,7 @@ class Boundary:
         numbers = self.header.read(header)
         share = _share(numbers["active"])
         drift = self._optimizers[0].drift(d, numbers["square"] * share)
+        self._measure(d, numbers)
         for optimizer, its_d in self._by_optimizer(d):
             optimizer.end_block(optimizer.deltas(), its_d, tf.reduce_sum(numbers["steps"]) * share)
         for v, value in zip(self.statistics, others, strict=True):
@@ -185,6 +196,7 @@ class Boundary:
 
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
+        self.bytes = _bytes_of(packs)
         sums = sum_packs(packs)
         return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
@@ -196,7 +208,9 @@ class Boundary:
         numbers = self.header.read(header)
 
         def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
+            d = self._means(sums, header)[0]
+            self._measure(d, self.header.read(header))
+            for optimizer, its_d in self._by_optimizer(d):
                 optimizer.land(its_d)
 
         step = self._compiled(outer_step)
@@ -231,8 +245,10 @@ class Boundary:
         # Not by multiplying: a replica that is left out may hold anything.
         packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
         square = tf.constant(0.0)
-        if self._optimizers[0].measures_drift:
-            square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
+        if self._optimizers[0].measures_drift or self.measures:
+            measure = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))
+            wanted = self._optimizers[0].measures_drift or told[TOLD.index("measuring")] > 0
+            square = tf.cond(tf.convert_to_tensor(wanted), lambda: measure(steps), lambda: 0.0)
             square = tf.where(taking_part, square, 0.0)
         if self.compressed:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
@@ -353,6 +369,56 @@ class Boundary:
         ]
         return means[:weights], means[weights:]
 
+    # -- for a report -------------------------------------------------------------------------
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Without overlap: when the last block was packed, and when its sums had arrived; seconds
+        of the day's clock, on this worker's first replica."""
+        packed, arrived = (self._local(v) for v in self._times)
+        return float(packed), float(arrived)
+
+    @property
+    def measured(self) -> list[float]:
+        """Of the last block that was measured: the drift, the norms of the mean delta and of the
+        velocity before it, and their cosine."""
+        return [float(x) for x in self._local(self._measured)]
+
+    def _local(self, variable: Any) -> Any:
+        return self._strategy.experimental_local_results(variable)[0].numpy()
+
+    def _timed(self, which: int, packs: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Notes when these were there, and how much they are."""
+        if not self.measures:
+            return packs
+        self.bytes = _bytes_of(packs) if which == 0 else self.bytes
+        with tf.control_dependencies(packs):
+            now = tf.timestamp()
+        with tf.control_dependencies([self._times[which].assign(now)]):
+            return list(map(tf.identity, packs))
+
+    def _measure(self, d: list[tf.Tensor], numbers: dict[str, Any]) -> None:
+        """Before the outer step, with the mean deltas and the header's numbers."""
+        if not self.measures:
+            return
+
+        def measure() -> None:
+            velocity, along = tf.constant(0.0), tf.constant(0.0)
+            for optimizer, its_d in self._by_optimizer(d):
+                its_velocity = optimizer.velocities()
+                if its_velocity:
+                    velocity += square_norm(its_velocity)
+                    along += inner_product(its_velocity, its_d)
+            mean = square_norm(d)
+            anchor = square_norm([a for o in self._optimizers for a in o.anchors])
+            spread = tf.maximum(numbers["square"] * _share(numbers["active"]) - mean, 0)
+            drift = tf.math.divide_no_nan(spread, anchor)
+            cosine = tf.math.divide_no_nan(along, tf.sqrt(mean) * tf.sqrt(velocity))
+            roots = map(tf.sqrt, (drift, mean, velocity))
+            self._measured.assign(tf.stack([*roots, cosine]))
+
+        tf.cond(numbers["measuring"] > 0, measure, lambda: None)
+
     # -- before somebody looks ----------------------------------------------------------------
 
     def settle(self) -> None:
@@ -421,6 +487,10 @@ class Boundary:
 def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     """The number of the last pack of that dtype, or None."""
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
+
+
+def _bytes_of(packs: list[tf.Tensor]) -> int:
+    return sum(flat.shape.num_elements() * flat.dtype.size for flat in packs)
 
 
 def _share(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:

@@ -15,6 +15,7 @@ from tf_blockmomentum.boundary.boundary import TOLD, Boundary
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.header import checksum, crc
 from tf_blockmomentum.boundary.nonfinite import describe
+from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 from tf_blockmomentum.variables import Rules
 
@@ -62,16 +63,19 @@ class Ending:
         self.leaving = False  # whether a worker has asked all to end the process
         self.skipped = 0
         self.drift = 0.0
+        self.observer = Observer()
 
     # -- what is compiled ---------------------------------------------------------------------
 
     def ready(self) -> None:
         """Makes what depends on the rules and on the optimizers' settings, if they are new."""
-        known = (self.rules.follow(), *(optimizer.version for optimizer in self._optimizers))
+        measures = self.observer.measures
+        known = (measures, self.rules.follow(), *(optimizer.version for optimizer in self._optimizers))
         if known == self._known:
             return
         self._known = known
         replica = self.replica
+        replica.measures = measures
         replica.ready()
         self.boundary = self._on_replicas(replica.boundary)
         self._send = self._on_replicas(replica.leave)
@@ -90,7 +94,14 @@ class Ending:
         def on_replicas(*args: Any) -> Any:
             return self._strategy.run(replica_fn, args=args)
 
-        return tf.function(on_replicas, autograph=False)
+        function = tf.function(on_replicas, autograph=False)
+        traces = function.experimental_get_tracing_count
+
+        def observed(*args: Any) -> Any:
+            with self.observer.span(replica_fn.__name__, traces):
+                return function(*args)
+
+        return observed
 
     def _first(self, values: Any) -> np.ndarray:
         return self._strategy.experimental_local_results(values)[0].numpy()
@@ -164,6 +175,7 @@ class Ending:
             "set": self.weights_set,
             "anchor": anchor,
         }
+        numbers = dict.fromkeys(TOLD, 0) | numbers | self.observer.tell(self.replica)
         self.weights_set = False
         return tf.constant([float(numbers[name]) for name in TOLD])
 
@@ -176,6 +188,7 @@ class Ending:
         numbers, self.drift = self.replica.header.read(status[:-1]), float(status[-1])
         active, self.ended = round(float(numbers["active"])), round(float(numbers["ended"]))
         steps = np.rint(numbers["steps"]).astype(int)
+        self.observer.told(numbers, self.replica)
         if period:
             mean = round(int(steps.sum()) / max(active, 1))
             self._optimizers[0].adapt_period(period, mean, self.drift)
@@ -304,7 +317,7 @@ class Ending:
     def _arrive(self) -> tuple[Any, np.ndarray]:
         assert self._flight is not None
         flight, self._flight = self._flight, None
-        with meeting(self._strategy, "the end of a block"):
+        with self.observer.span("wait"), meeting(self._strategy, "the end of a block"):
             sums, status = flight.result()
             status = self._first(status)
         bad = any(self.replica.header.read(status[:-1])["nonfinite"])
