@@ -11,7 +11,8 @@ MUCH = 0.1  # share of the time in boundaries from which there is something to g
 SLOWER = 0.1  # a worker's steps are longer than the others' by this share
 WAITING = 0.03  # share of the time that the other workers wait for it
 SMALL_DRIFT, LARGE_DRIFT = 0.01, 0.1
-AGAINST = -0.2  # cosine of velocity and mean delta
+AGAINST = -0.1  # cosine of velocity and mean delta
+TAKES_BACK = 0.5  # of what 1 - beta takes from the velocity, the deltas take as much again
 GAIN = 1.05  # a change that makes a run less than this times as fast is not worth a word
 LARGEST_PERIOD = 256
 FEW = 4  # boundaries that say something
@@ -22,9 +23,12 @@ class Measured:
     """What a run has shown, of its last epochs.
 
     Args:
-        sync_period: K, the mean over the blocks.
+        sync_period: K, the median over the blocks.
         boundaries: how many were measured.
-        step_seconds: of a local step, one number a worker (NaN: not known).
+        seconds_a_step: of the chief, boundaries apart: a local step, and what the host does
+            between steps.
+        step_seconds: of a local step, one number a worker (NaN: not known), the
+            median over its blocks.
         boundary_share: share of the chief's time in boundaries, waiting included.
         waiting_shares: share of each worker's time in which it waits for the slowest.
         passes: seconds of a boundary that are passes over the weights.
@@ -34,11 +38,14 @@ class Measured:
         compression: None, "float16", "int8" or "int4".
         beta: block momentum; None where the outer optimizer is the user's.
         drift: mean; NaN: not known.
+        delta: norm of the mean delta, mean.
+        velocity: norm of the velocity, mean.
         cosine: of the velocity and the mean delta that is added to it, mean; NaN: not known.
     """
 
     sync_period: float
     boundaries: int
+    seconds_a_step: float
     step_seconds: Sequence[float]
     boundary_share: float
     waiting_shares: Sequence[float]
@@ -49,12 +56,20 @@ class Measured:
     compression: str | None = None
     beta: float | None = None
     drift: float = math.nan
+    delta: float = math.nan
+    velocity: float = math.nan
     cosine: float = math.nan
 
     @property
     def workers(self) -> int:
         """How many."""
         return len(self.step_seconds)
+
+    @property
+    def communicating(self) -> float:
+        """Share of the chief's time in boundaries, without what it waits for the slowest."""
+        waiting = self.waiting_shares[0]
+        return max(self.boundary_share - (0 if math.isnan(waiting) else waiting), 0.0)
 
 
 def advise(measured: Measured) -> list[str]:
@@ -73,7 +88,8 @@ def _slow_worker(m: Measured) -> str:
     slowest = min(range(m.workers), key=lambda i: m.waiting_shares[i])
     others = [i for i in range(m.workers) if i != slowest]
     waiting = _mean([m.waiting_shares[i] for i in others])
-    if not waiting >= WAITING:
+    # Now one and now the other: what waits for the workers by turns is noise, not a worker.
+    if not waiting - m.waiting_shares[slowest] >= WAITING:
         return ""
     whom = "The other worker waits" if m.workers == 2 else "The other workers wait"
     waits = f"{whom} for worker {slowest} in {percent(waiting)} of the time"
@@ -83,7 +99,7 @@ def _slow_worker(m: Measured) -> str:
             f"Worker {slowest} is {percent(slower)} slower than the others. {waits}. Look at its data "
             "(a slower disk, more work an example) and at what else runs on its machine."
         )
-    if math.isnan(slower) or waiting < 2 * WAITING:
+    if math.isnan(slower) or waiting - m.waiting_shares[slowest] < 2 * WAITING:
         return ""
     return (
         f"{waits}, and not for its local steps, which take no longer: for what it does between "
@@ -96,14 +112,13 @@ def cost_of(m: Measured) -> CostModel:
     ring = 2 * (m.workers - 1) / m.workers * m.bytes
     bandwidth = ring / m.transfer if m.transfer > 0 and ring > 0 else math.inf
     plain = m.bytes / CODES[m.compression]
-    return CostModel(_mean(m.step_seconds), plain, bandwidth, boundary_seconds=m.passes)
+    return CostModel(m.seconds_a_step, plain, bandwidth, boundary_seconds=m.passes)
 
 
 def _boundaries(m: Measured) -> str:
     """What would take less of the time."""
-    waiting = min(m.waiting_shares[0], m.boundary_share)
-    own = m.boundary_share - (0 if math.isnan(waiting) else waiting)
-    if own < MUCH or m.workers < 2 or math.isnan(_mean(m.step_seconds)):
+    own = m.communicating
+    if own < MUCH or m.workers < 2 or not m.seconds_a_step > 0:
         return ""
     cost, period = cost_of(m), max(round(m.sync_period), 1)
 
@@ -122,6 +137,9 @@ def _boundaries(m: Measured) -> str:
         if not m.overlap:
             found.append(("overlap=True with int8", seconds(period, True, "int8")))
     gains = [(name, now / then) for name, then in found if now / then >= GAIN]
+    single = max((gain for name, gain in gains[:-1] if not name.startswith("K")), default=0.0)
+    if gains and "with" in gains[-1][0] and gains[-1][1] < GAIN * single:
+        del gains[-1]  # both are hardly better than one of them
     text = f"Boundaries take {percent(own)} of the time"
     if not gains:
         return (
@@ -156,13 +174,16 @@ def _drift(m: Measured) -> str:
             f"workers' data too unlike. Try K={max(round(m.sync_period / 2), 1)}, a lower "
             "learning rate, or shuffle before the data is shared out."
         )
-    if m.drift < SMALL_DRIFT and m.boundary_share >= MUCH:
+    if m.drift < SMALL_DRIFT and m.communicating >= MUCH:
         return f"The drift is {m.drift:.2g}, which says that K may grow."
     return ""
 
 
 def _momentum(m: Measured) -> str:
+    # In steady progress the mean delta is 1 - beta of the velocity, which loses as much.
     if not m.beta or not m.cosine < AGAINST:
+        return ""
+    if -m.cosine * m.delta / m.velocity < TAKES_BACK * (1 - m.beta):
         return ""
     return (
         f"The velocity points against the mean delta (cosine {m.cosine:.2f}): what replicas learn "

@@ -123,7 +123,7 @@ class BlockReport(keras.callbacks.Callback):
         taken = self._recorder.take()
         if not taken.blocks:
             return
-        found = Epoch.of(epoch + 1, taken.blocks, taken.seconds)
+        found = Epoch.of(epoch + 1, taken.blocks, taken.began)
         self.epochs.append(found)
         if self._is_chief:
             self._said = found.line()

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -18,24 +18,33 @@ class Epoch:
     number: int  # from 1
     boundaries: int
     bytes: float  # this worker has sent
-    seconds: float  # of training, without what was compiled
-    period: float  # mean number of steps of a block
+    seconds: float  # of training that shares are of
+    steps: int  # in those seconds
+    period: float  # K: of a block, the median
     boundary: float  # share of the time in boundaries
     waiting: float  # share of the time waiting for the slowest worker
     waits: np.ndarray  # the same of each worker, NaN where not known
     slowest: int | None  # for which worker the others have waited most
     passes: float  # seconds of a boundary, mean
     transfer: float
-    stepping: np.ndarray  # seconds of a local step of each worker, mean
+    stepping: np.ndarray  # seconds of a local step of each worker, the median of its blocks
     drift: float
     delta: float
     velocity: float
     cosine: float
 
     @classmethod
-    def of(cls, number: int, blocks: Sequence[Block], seconds: float) -> "Epoch":
-        """Sums blocks up. Those that compiled count as boundaries, and not for their time."""
-        timed = [b for b in blocks if not b.compiled]
+    def of(cls, number: int, blocks: Sequence[Block], began: float) -> "Epoch":
+        """Sums blocks up.
+
+        Time is looked at from the end of the epoch's first block on, where all workers are in
+        step: one comes later than another from validation or from its callbacks, or
+        has to wait for its first batch. Of what compiled there is the count, not the time.
+        """
+        late = blocks[1:]
+        begin, compiling = (blocks[0].at, blocks[0].compiling) if late else (began, 0.0)
+        seconds = max(blocks[-1].at - begin - (blocks[-1].compiling - compiling), 1e-9)
+        timed = [b for b in late or blocks if not b.compiled]
         waits = np.array([b.waits for b in timed if b.slowest is not None])
         waited = waits.sum(axis=0) if len(waits) else np.full_like(blocks[0].waits, np.nan)
         full = [b.steps for b in blocks if b.steps]
@@ -44,14 +53,15 @@ class Epoch:
             len(blocks),
             sum(b.bytes for b in blocks),
             seconds,
-            float(np.mean(full)) if full else math.nan,
+            sum(b.steps for b in timed),
+            float(np.median(full)) if full else math.nan,
             sum(b.boundary for b in timed) / seconds,
             sum(b.waiting for b in timed) / seconds,
             waited / seconds,
             int(waited.argmin()) if len(waits) else None,
             mean([b.passes for b in timed]),
             mean([b.transfer for b in timed]),
-            means(np.array([b.stepping for b in blocks])),
+            medians(np.array([b.stepping for b in blocks])),
             *(mean([getattr(b, n) for b in blocks if b.steps])
               for n in ("drift", "delta", "velocity", "cosine")),
         )  # fmt: skip
@@ -67,7 +77,7 @@ class Epoch:
         if self.slowest is not None and self.workers > 1:
             if self.slowest == 0:
                 waiting = max(np.delete(self.waits, 0))
-                share += f" (worker 0 is waited for: {percent(waiting)})"
+                share += f" (the others wait for worker 0: {percent(waiting)})"
             else:
                 share += f" ({percent(self.waiting)} waiting for worker {self.slowest})"
         parts.append(share)
@@ -125,13 +135,15 @@ def measured(
     def over_time(name: str) -> float:
         return sum(getattr(e, name) * e.seconds for e in last) / seconds
 
+    steps = sum(e.steps for e in last)
     waits = np.array([e.waits * e.seconds for e in last])
     bytes_ = sum(e.bytes for e in last) / max(sum(e.boundaries for e in last), 1)
     workers = last[0].workers
     return Measured(
         sync_period=mean([e.period for e in last]),
         boundaries=sum(e.boundaries for e in last),
-        step_seconds=means(np.array([e.stepping for e in last])).tolist(),
+        seconds_a_step=sum((1 - e.boundary) * e.seconds for e in last) / max(steps, 1),
+        step_seconds=medians(np.array([e.stepping for e in last])).tolist(),
         boundary_share=over_time("boundary"),
         waiting_shares=(means(waits) * len(last) / seconds).tolist(),
         passes=mean([e.passes for e in last]),
@@ -141,15 +153,26 @@ def measured(
         compression=compression,
         beta=beta,
         drift=mean([e.drift for e in last]),
+        delta=mean([e.delta for e in last]),
+        velocity=mean([e.velocity for e in last]),
         cosine=mean([e.cosine for e in last]),
     )
 
 
 def means(rows: np.ndarray) -> np.ndarray:
     """Of each column, without NaN."""
+    return _quietly(np.nanmean, rows)
+
+
+def medians(rows: np.ndarray) -> np.ndarray:
+    """Of each column, without NaN."""
+    return _quietly(np.nanmedian, rows)
+
+
+def _quietly(function: Callable, rows: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN
-        return np.nanmean(rows, axis=0)
+        return function(rows, axis=0)
 
 
 def mean(values: Sequence[float] | np.ndarray) -> float:

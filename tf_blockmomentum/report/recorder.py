@@ -34,7 +34,8 @@ class Block:
     velocity: float
     cosine: float
     compiled: bool  # seconds of the first calls are not among those above
-    at: float = 0.0  # when it had arrived
+    at: float  # when it had arrived
+    compiling: float  # seconds of the epoch until then in calls that traced or compiled
 
 
 @dataclasses.dataclass
@@ -68,8 +69,9 @@ class Recorder(Observer):
         self.blocks: list[Block] = []  # since `take`
         self.spans: list[Span] = []
         self.marks: list[tuple[int, float]] = []  # (block, when its all-reduce ended)
-        self.began: float | None = None  # when an epoch's first step did
-        self.compiling = 0.0  # seconds of it in calls that traced or compiled
+        self._began: float | None = None  # when an epoch's first step did
+        self._compiling = 0.0  # seconds of it in calls that traced or compiled
+        self._fresh = True  # until the epoch's first boundary
         self._lock = threading.Lock()
         self._number = 0  # of the present block
         self._arrived: float | None = None  # when the last all-reduce had ended
@@ -90,8 +92,8 @@ class Recorder(Observer):
         begin = time.perf_counter()
         if name == FLIGHT:
             self._flight = (begin, None)
-        if name == STEPS and self.began is None:
-            self.began, self._since = begin, {}
+        if name == STEPS and self._began is None:
+            self._began, self._since = begin, {}
         number = self._number + (name == STEPS)
         try:
             yield
@@ -111,7 +113,7 @@ class Recorder(Observer):
             if traced:
                 self._traced |= name != "boundary"  # which ends with the all-reduce
                 self._compiled |= name != STEPS
-                self.compiling += end - begin
+                self._compiling += end - begin
             elif name == STEPS:
                 self._stepping += end - begin
             else:
@@ -127,10 +129,10 @@ class Recorder(Observer):
         busy = 0.0
         if under_way:
             busy = 1e-6  # the messages before are what is waited for
-        elif self._arrived is not None and not self._traced:
+        elif self._arrived is not None and not self._traced and not self._fresh:
             busy = now - self._arrived
         stepping = 0.0 if self._traced else self._stepping
-        self._stepping, self._traced = 0.0, False
+        self._stepping, self._traced, self._fresh = 0.0, False, False
         self._number += 1
         return {"busy": busy, "stepping": stepping, "measuring": self._is_measured(replica)}
 
@@ -184,12 +186,14 @@ class Recorder(Observer):
         measured = float(numbers["measuring"]) > 0
         values = replica.measured if measured else [np.nan] * 4
         replicas = len(numbers["steps"])
+        if replicas == 1:
+            values = [np.nan, *values[1:]]  # nobody to drift from
         self.blocks.append(
             Block(
                 int(steps.max()), blocked, passes, waiting, transfer,
                 int(waits.argmin()) if known else None, waits, stepping,
                 2 * (replicas - 1) / replicas * replica.bytes,
-                *values, compiled, time.perf_counter(),
+                *values, compiled, time.perf_counter(), self._compiling,
             )
         )  # fmt: skip
         self._since, self._boundary, self._wait = {}, None, None
@@ -219,12 +223,9 @@ class Recorder(Observer):
     def take(self) -> "Taken":
         """What there has been since the last time."""
         with self._lock:
-            seconds = 0.0
-            if self.blocks and self.began is not None:
-                seconds = self.blocks[-1].at - self.began - self.compiling
-            taken = Taken(self.blocks, self.spans, self.marks, max(seconds, 1e-9))
+            taken = Taken(self.blocks, self.spans, self.marks, self._began or 0.0)
             self.blocks, self.spans, self.marks = [], [], []
-            self.began, self.compiling = None, 0.0
+            self._began, self._compiling, self._fresh = None, 0.0, True
             return taken
 
 
@@ -235,4 +236,4 @@ class Taken:
     blocks: list[Block]
     spans: list[Span]
     marks: list[tuple[int, float]]
-    seconds: float  # from the first step on, without what was compiled
+    began: float  # when the first step did
