@@ -70,7 +70,11 @@ class Ending:
     def ready(self) -> None:
         """Makes what depends on the rules and on the optimizers' settings, if they are new."""
         measures = self.observer.measures
-        known = (measures, self.rules.follow(), *(optimizer.version for optimizer in self._optimizers))
+        known = (
+            measures,
+            self.rules.follow(),
+            *(optimizer.version for optimizer in self._optimizers),
+        )
         if known == self._known:
             return
         self._known = known

@@ -30,7 +30,9 @@ class Measured:
         step_seconds: of a local step, one number a worker (NaN: not known), the
             median over its blocks.
         boundary_share: share of the chief's time in boundaries, waiting included.
-        waiting_shares: share of each worker's time in which it waits for the slowest.
+        waiting_share: share of the chief's time in which it waits for the slowest.
+        waiting_shares: the same of each worker, had all blocks been as the median one: what
+            waits for a worker once is not its fault.
         passes: seconds of a boundary that are passes over the weights.
         transfer: seconds a boundary's messages take.
         bytes: that a worker gives to a boundary, as they travel.
@@ -48,6 +50,7 @@ class Measured:
     seconds_a_step: float
     step_seconds: Sequence[float]
     boundary_share: float
+    waiting_share: float
     waiting_shares: Sequence[float]
     passes: float = 0.0
     transfer: float = 0.0
@@ -68,8 +71,7 @@ class Measured:
     @property
     def communicating(self) -> float:
         """Share of the chief's time in boundaries, without what it waits for the slowest."""
-        waiting = self.waiting_shares[0]
-        return max(self.boundary_share - (0 if math.isnan(waiting) else waiting), 0.0)
+        return max(self.boundary_share - self.waiting_share, 0.0)
 
 
 def advise(measured: Measured) -> list[str]:
@@ -95,8 +97,13 @@ def _slow_worker(m: Measured) -> str:
     waits = f"{whom} for worker {slowest} in {percent(waiting)} of the time"
     slower = m.step_seconds[slowest] / _mean([m.step_seconds[i] for i in others]) - 1
     if slower >= SLOWER:
+        by = (
+            f"{percent(slower)} slower than"
+            if slower < 1
+            else f"{slower + 1:.1f} times as slow as"
+        )
         return (
-            f"Worker {slowest} is {percent(slower)} slower than the others. {waits}. Look at its data "
+            f"Worker {slowest} is {by} the others. {waits}. Look at its data "
             "(a slower disk, more work an example) and at what else runs on its machine."
         )
     if math.isnan(slower) or waiting - m.waiting_shares[slowest] < 2 * WAITING:

@@ -24,6 +24,7 @@ class Epoch:
     boundary: float  # share of the time in boundaries
     waiting: float  # share of the time waiting for the slowest worker
     waits: np.ndarray  # the same of each worker, NaN where not known
+    steadily: np.ndarray  # as if each worker had waited in every block as in the median one
     slowest: int | None  # for which worker the others have waited most
     passes: float  # seconds of a boundary, mean
     transfer: float
@@ -58,6 +59,7 @@ class Epoch:
             sum(b.boundary for b in timed) / seconds,
             sum(b.waiting for b in timed) / seconds,
             waited / seconds,
+            medians(waits) * len(waits) / seconds if len(waits) else waited,
             int(waited.argmin()) if len(waits) else None,
             mean([b.passes for b in timed]),
             mean([b.transfer for b in timed]),
@@ -136,7 +138,7 @@ def measured(
         return sum(getattr(e, name) * e.seconds for e in last) / seconds
 
     steps = sum(e.steps for e in last)
-    waits = np.array([e.waits * e.seconds for e in last])
+    waits = np.array([e.steadily * e.seconds for e in last])
     bytes_ = sum(e.bytes for e in last) / max(sum(e.boundaries for e in last), 1)
     workers = last[0].workers
     return Measured(
@@ -145,6 +147,7 @@ def measured(
         seconds_a_step=sum((1 - e.boundary) * e.seconds for e in last) / max(steps, 1),
         step_seconds=medians(np.array([e.stepping for e in last])).tolist(),
         boundary_share=over_time("boundary"),
+        waiting_share=over_time("waiting"),
         waiting_shares=(means(waits) * len(last) / seconds).tolist(),
         passes=mean([e.passes for e in last]),
         transfer=mean([e.transfer for e in last]),

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.report.recorder import Recorder
 
 BLOCKS = 3  # after those that compile
+SECONDS = 1.5  # of steps: at first the pipeline has batches ready that it made meanwhile
 
 
 class Probe(Recorder):
@@ -22,17 +24,27 @@ class Probe(Recorder):
 
     def __init__(self, path: str) -> None:
         super().__init__(0, 1)
-        self._path = path
+        self._path, self._bytes = path, 0
 
     def told(self, numbers: Mapping[str, Any], replica: Any) -> None:
         super().told(numbers, replica)
-        steps = [b.stepping[0] for b in self.blocks if not np.isnan(b.stepping[0])]
+        averaged = replica.travelling
+        self._bytes = sum(v.shape.num_elements() * tf.as_dtype(v.dtype).size for v in averaged)
+        if sum(b.stepping[0] * b.steps for b in self._timed) >= SECONDS:
+            self.end()
+
+    @property
+    def _timed(self) -> list[Any]:
+        return [b for b in self.blocks if not np.isnan(b.stepping[0])]
+
+    def end(self) -> None:
+        """Enough has been seen, or there is no more; unless it is too little."""
+        steps = [b.stepping[0] for b in self._timed]
         if len(steps) < BLOCKS:
             return
-        averaged = replica.travelling
-        count = sum(v.shape.num_elements() * np.dtype(v.dtype).itemsize for v in averaged)
+        steps = steps[len(steps) // 2 :]
         with open(self._path, "w", encoding="utf-8") as file:
-            json.dump({"step": float(np.median(steps)), "bytes": int(count)}, file)
+            json.dump({"step": float(np.median(steps)), "bytes": self._bytes}, file)
         os._exit(0)
 
 
@@ -43,6 +55,8 @@ def main() -> None:
     observe, begin = BlockTraining.observe, BlockTraining.on_train_begin
 
     def with_probe(self: BlockTraining, observer: Observer) -> Any:
+        if type(observer) is Observer:  # fit has ended
+            probe.end()
         return observe(self, probe)
 
     @functools.wraps(begin)

@@ -198,9 +198,7 @@ class Recorder(Observer):
         )  # fmt: skip
         self._since, self._boundary, self._wait = {}, None, None
 
-    def _split(
-        self, boundary: tuple[float, float], replica: Any
-    ) -> tuple[float, float]:
+    def _split(self, boundary: tuple[float, float], replica: Any) -> tuple[float, float]:
         """Seconds of a boundary in passes, and in the all-reduce."""
         begin, end = boundary
         offset = time.time() - time.perf_counter()  # TensorFlow's time stamps are of the day
@@ -208,7 +206,8 @@ class Recorder(Observer):
         self._arrived = float(arrived)
         self._mark(self._number, self._arrived)
         if self._keeps_spans:
-            parts = (("leave", begin, left), (FLIGHT, left, arrived), ("land", arrived, end))
+            parts = [("leave", begin, left), ("land", arrived, end)]
+            parts += [(FLIGHT, left, arrived), (WAIT, left, arrived)]
             self.spans += [Span(name, float(b), float(e), self._number) for name, b, e in parts]
         others = sum(self._since.values()) - self._since.get("boundary", 0.0)
         passes = (left - begin) + (end - arrived) + others

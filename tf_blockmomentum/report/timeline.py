@@ -43,7 +43,7 @@ def check_path(path: str) -> None:
         problem = f"there is no folder {folder!r}"
     if problem:
         raise ValueError(
-            f"`timeline` must be a file that can be written, such as \"trace.json\". Received: "
+            f'`timeline` must be a file that can be written, such as "trace.json". Received: '
             f"timeline={path!r}, and {problem}."
         )
 
@@ -110,7 +110,12 @@ class Trace:
 
 def _events(worker: int, rows: np.ndarray, start: int, new: bool) -> Iterator[dict[str, Any]]:
     if new:
-        yield {"name": "process_name", "ph": "M", "pid": worker, "args": {"name": f"worker {worker}"}}
+        yield {
+            "name": "process_name",
+            "ph": "M",
+            "pid": worker,
+            "args": {"name": f"worker {worker}"},
+        }
         for thread, name in enumerate(("training", "messages")):
             yield {
                 "name": "thread_name", "ph": "M", "pid": worker, "tid": thread,
