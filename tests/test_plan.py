@@ -40,7 +40,18 @@ def test_the_command(tmp_path, capsys):
     assert "predicted share" in text
     assert "These are predictions" in text
     plain = re.findall(r"^plain +(.*)$", text, flags=re.M)
-    assert plain[0].split() == "0.06 0.11 0.20 0.33 0.50 0.67 0.80 0.89 0.94 144".split()
+    assert plain[0].split() == [
+        "0.06",
+        "0.11",
+        "0.20",
+        "0.33",
+        "0.50",
+        "0.67",
+        "0.80",
+        "0.89",
+        "0.94",
+        "144",
+    ]
     assert len(plain) == 2
     assert target.read_bytes()[:4] == b"\x89PNG"
 

@@ -18,7 +18,7 @@ from tf_blockmomentum.report.advice import Measured, advise
 from tf_blockmomentum.report.recorder import Span
 from tf_blockmomentum.strategy import worker_of
 
-# -- advice from made-up numbers -------------------------------------------------------------------
+# -- advice from made-up numbers ------------------------------------------------------------------
 
 # Two workers, K=8: 80 ms of steps and 2 ms of a boundary.
 WELL = Measured(
@@ -39,7 +39,7 @@ WELL = Measured(
     cosine=0.3,
 )
 # The messages take as long as the steps.
-SLOW_LINK = dict(boundary_share=0.5, transfer=0.08, bytes=10e6)
+SLOW_LINK = {"boundary_share": 0.5, "transfer": 0.08, "bytes": 10e6}
 
 
 def advice(**changes):
@@ -79,20 +79,26 @@ def test_a_slow_link():
     for sentence in advice(**SLOW_LINK | {"drift": 0.2}):
         assert "K=128" not in sentence  # they drift apart already
     # Waiting for a slow worker is not the network's.
-    slow = dict(boundary_share=0.5, waiting_share=0.48, waiting_shares=[0.48, 0.0])
+    slow = {"boundary_share": 0.5, "waiting_share": 0.48, "waiting_shares": [0.48, 0.0]}
     (sentence,) = advice(step_seconds=[0.01, 0.016], **slow)
     assert sentence.startswith("Worker 1 is 60 % slower than the others.")
 
 
 def test_a_boundary_that_nothing_makes_faster():
-    changes = dict(boundary_share=0.5, passes=0.08, transfer=0.0, sync_period=256, drift=0.05)
+    changes = {
+        "boundary_share": 0.5,
+        "passes": 0.08,
+        "transfer": 0.0,
+        "sync_period": 256,
+        "drift": 0.05,
+    }
     (sentence,) = advice(**changes)
     assert "neither K, overlap nor compression" in sentence
     assert "Larger batches" in sentence
 
 
 def test_a_slow_worker():
-    changes = dict(waiting_share=0.15, waiting_shares=[0.15, 0.15, 0.0], boundary_share=0.18)
+    changes = {"waiting_share": 0.15, "waiting_shares": [0.15, 0.15, 0.0], "boundary_share": 0.18}
     (sentence,) = advice(step_seconds=[0.01, 0.01, 0.0118], **changes)
     assert sentence.startswith(
         "Worker 2 is 18 % slower than the others. The other workers wait for worker 2 in 15 % of"
@@ -113,7 +119,7 @@ def test_drift_and_momentum():
     assert advice(cosine=-0.15) == []  # less than what 1 - beta takes
 
 
-# -- real runs -------------------------------------------------------------------------------------
+# -- real runs ------------------------------------------------------------------------------------
 
 
 def trained(strategy, *callbacks, beta=0.5, rate=0.1, k=4, epochs=3, sleep=0.0, **settings):
@@ -165,9 +171,18 @@ def test_a_worker_that_is_slow(pair):
         r"\(\d+ % waiting for worker 1\), drift 0.\d+$"
     )
     assert all(re.match(line, x) for x in lines[:3]), pair.output[0]
-    assert (
-        lines[3].split() == "epoch blocks K step, ms boundaries waiting sent drift cosine".split()
-    )
+    assert lines[3].split() == [
+        "epoch",
+        "blocks",
+        "K",
+        "step,",
+        "ms",
+        "boundaries",
+        "waiting",
+        "sent",
+        "drift",
+        "cosine",
+    ]
     assert [x.split()[:3] for x in lines[4:7]] == [[str(i), "6", "4"] for i in (1, 2, 3)]
     assert sentence in lines[7:]
     assert "boundaries" not in pair.output[1]  # the chief alone
@@ -286,7 +301,7 @@ def test_the_drift(pair):
         assert drift == pytest.approx(np.mean(seen), rel=1e-4)
 
 
-# -- the timeline ----------------------------------------------------------------------------------
+# -- the timeline ---------------------------------------------------------------------------------
 
 
 def with_a_timeline(strategy, path, overlap):
@@ -340,7 +355,7 @@ def test_clocks_are_aligned_by_the_boundaries(tmp_path):
     json.loads(path.read_text())
 
 
-# -- what is wrong is said -------------------------------------------------------------------------
+# -- what is wrong is said ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -172,14 +172,15 @@ class Ending:
             anchor = self._sum_of_anchors() if self.weights_set else self._anchor_told
         elif ended or self.weights_set or self._boundaries % _CHECK == 0:
             anchor = self._sum_of_anchors()
-        numbers = {
+        numbers: dict[str, float] = {
             "ended": ended,
             "stopping": stopping,
             "leaving": leaving,
             "set": self.weights_set,
             "anchor": anchor,
         }
-        numbers = dict.fromkeys(TOLD, 0) | numbers | self.observer.tell(self.replica)
+        numbers |= dict.fromkeys(("busy", "stepping", "measuring"), 0.0)
+        numbers |= self.observer.tell(self.replica)
         self.weights_set = False
         return tf.constant([float(numbers[name]) for name in TOLD])
 

@@ -26,7 +26,7 @@ class Observer:
         """
         return contextlib.nullcontext()
 
-    def tell(self, replica: Any) -> Mapping[str, float]:
+    def tell(self, replica: Any) -> dict[str, float]:
         """At the end of a block: this worker's numbers for the header, by name.
 
         Args:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_blockmomentum._private.trainer import training_of
+from tf_blockmomentum._private.trainer import fit_of, training_of
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.report import timeline as _timeline
 from tf_blockmomentum.report.advice import advise
@@ -21,7 +21,7 @@ class BlockReport(keras.callbacks.Callback):
     """Says what the time of a fit goes to, and what to change. Beside `BlockTraining`.
 
     After every epoch the chief prints one line: how many boundaries, bytes that it sent, the share
-    of the time in boundaries and how much of that is waiting for the slowest worker, and the drift.
+    of the time in boundaries, how much of that is waiting for the slowest worker, and the drift.
     At the end of fit it prints a table by epoch and, if there is something to gain, advice: a
     longer block, overlap or compression with what the cost model predicts for them, a worker that
     the others wait for, block momentum that is too large. docs/report.md explains every number.
@@ -78,6 +78,7 @@ class BlockReport(keras.callbacks.Callback):
         if not isinstance(history, bool):
             raise TypeError(f"`history` must be True or False. Received: history={history!r}.")
         self.history = history
+        self._training: Any = None
         self.epochs: list[Epoch] = []
         self.advice: list[str] = []
 
@@ -88,8 +89,8 @@ class BlockReport(keras.callbacks.Callback):
         self._training = training_of(self.model)
         if self._training is None or not self._training.is_fitting:
             raise RuntimeError(
-                "BlockReport reports on blocks, which BlockTraining makes. Received: a fit without "
-                "it. Give both: fit(..., callbacks=[tfbm.BlockTraining(), tfbm.BlockReport()])."
+                "BlockReport reports on blocks, which BlockTraining makes. Received: a fit without"
+                " it. Give both: fit(..., callbacks=[tfbm.BlockTraining(), tfbm.BlockReport()])."
             )
         self._strategy = self.model.distribute_strategy
         self._worker, self._workers = worker_of(self._strategy)
@@ -97,11 +98,13 @@ class BlockReport(keras.callbacks.Callback):
         self._training.observe(self._recorder)
         self.epochs, self.advice, self._said = [], [], ""
         self._blocks = 0
-        self._tests = self._recorder.span("validation")
         self._scalars = _Scalars(self.log_dir) if self.log_dir and self._is_chief else None
         self._trace = None
         if self.timeline and self._is_chief:
             self._trace = _timeline.Trace(self.timeline)
+        for file in (self._scalars, self._trace):
+            if file:
+                fit_of(self.model).at_end(file.close)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Says what there was in the last one: Keras's own line of that is complete now."""
@@ -109,13 +112,15 @@ class BlockReport(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: dict | None = None) -> None:
         """Validation, for the timeline."""
-        self._training.flush()
-        self._tests = self._recorder.span("validation")
-        self._tests.__enter__()
+        if self._training is not None:  # it is part of a fit
+            self._training.flush()
+            self._tests = self._recorder.span("validation")
+            self._tests.__enter__()
 
     def on_test_end(self, logs: dict | None = None) -> None:
         """Validation, for the timeline."""
-        self._tests.__exit__(None, None, None)
+        if self._training is not None:
+            self._tests.__exit__(None, None, None)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Sums the epoch up."""
@@ -140,10 +145,6 @@ class BlockReport(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         """The table and the advice."""
         self._say()
-        if self._scalars:
-            self._scalars.close()
-        if self._trace:
-            self._trace.close()
         if not self.epochs:
             return
         optimizer = self._training.optimizer
@@ -153,7 +154,7 @@ class BlockReport(keras.callbacks.Callback):
             getattr(self._strategy, "compression", None),
             optimizer.block_momentum,
         )
-        self.advice = advise(numbers)
+        self.advice, self._training = advise(numbers), None
         if self._is_chief:
             print(table(self.epochs), *self.advice, sep="\n", flush=True)
 

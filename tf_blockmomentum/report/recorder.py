@@ -12,6 +12,7 @@ import numpy as np
 from tf_blockmomentum.boundary.observer import Observer
 
 STEPS, FLIGHT, WAIT = "steps", "transport", "wait"
+_BETWEEN = "validation", "backup"  # blocks
 _LARGE = 1_000_000  # weights; measuring those takes time
 _SELDOM = 8  # so only every so many blocks
 
@@ -99,7 +100,8 @@ class Recorder(Observer):
             yield
         finally:
             end = time.perf_counter()
-            self._note(name, begin, end, number, bool(traces) and traces() != before)
+            traced = traces is not None and traces() != before
+            self._note(name, begin, end, number, traced)
 
     def _note(self, name: str, begin: float, end: float, number: int, traced: bool) -> None:
         with self._lock:  # a flight is another thread's
@@ -109,6 +111,8 @@ class Recorder(Observer):
                 self._flight = (begin, end)
                 self._arrived = end
                 self._mark(number, end)
+                return
+            if name in _BETWEEN:
                 return
             if traced:
                 self._traced |= name != "boundary"  # which ends with the all-reduce
@@ -123,7 +127,7 @@ class Recorder(Observer):
             elif name == WAIT:
                 self._wait, self._landed = (begin, end), self._flight
 
-    def tell(self, replica: Any) -> Mapping[str, float]:
+    def tell(self, replica: Any) -> dict[str, float]:
         now = time.perf_counter()
         under_way = self._flight is not None and self._flight[1] is None
         busy = 0.0
@@ -193,7 +197,8 @@ class Recorder(Observer):
                 int(steps.max()), blocked, passes, waiting, transfer,
                 int(waits.argmin()) if known else None, waits, stepping,
                 2 * (replicas - 1) / replicas * replica.bytes,
-                *values, compiled, time.perf_counter(), self._compiling,
+                values[0], values[1], values[2], values[3],
+                compiled, time.perf_counter(), self._compiling,
             )
         )  # fmt: skip
         self._since, self._boundary, self._wait = {}, None, None
