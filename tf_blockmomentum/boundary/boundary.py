@@ -61,10 +61,7 @@ class Boundary:
             # For a report: the drift, the norms of mean delta and velocity, and their cosine; when
             # all was packed, and when the sums had arrived.
             self._measured = tf.Variable([0.0] * 4, trainable=False, name="measured")
-            self._times = [
-                tf.Variable(0.0, dtype=tf.float64, trainable=False, name=name)
-                for name in ("packed", "arrived")
-            ]
+            self._times = tf.Variable([0.0] * 2, False, dtype=tf.float64, name="times")
 
     def ready(self) -> None:
         """Makes what depends on the rules, once they are known."""
@@ -134,8 +131,12 @@ class Boundary:
 
     def boundary(self, told: tf.Tensor) -> tf.Tensor:
         """Ends this replica's block. Returns the status: the summed header, and the drift."""
-        packs = self._timed(0, self.leave(told))
-        sums, header = self._detach(self._timed(1, sum_packs(packs)))
+        packs, left = self._timed(self.leave(told))
+        sums, arrived = self._timed(sum_packs(packs))
+        if self.measures:
+            self.bytes = _bytes_of(packs)
+            self._times.assign([left, arrived])
+        sums, header = self._detach(sums)
         come_back = self._compiled(self._come_back)
         some = self.header.read(header)["active"] > 0
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
@@ -375,27 +376,26 @@ class Boundary:
     def times(self) -> tuple[float, float]:
         """Without overlap: when the last block was packed, and when its sums had arrived; seconds
         of the day's clock, on this worker's first replica."""
-        packed, arrived = (self._local(v) for v in self._times)
-        return float(packed), float(arrived)
+        packed, arrived = self._local(self._times).tolist()
+        return packed, arrived
 
     @property
     def measured(self) -> list[float]:
         """Of the last block that was measured: the drift, the norms of the mean delta and of the
         velocity before it, and their cosine."""
-        return [float(x) for x in self._local(self._measured)]
+        return self._local(self._measured).tolist()
 
     def _local(self, variable: Any) -> Any:
         return self._strategy.experimental_local_results(variable)[0].numpy()
 
-    def _timed(self, which: int, packs: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Notes when these were there, and how much they are."""
+    def _timed(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], Any]:
+        """These, and when they were there; what is made of them comes later."""
         if not self.measures:
-            return packs
-        self.bytes = _bytes_of(packs) if which == 0 else self.bytes
+            return packs, None
         with tf.control_dependencies(packs):
             now = tf.timestamp()
-        with tf.control_dependencies([self._times[which].assign(now)]):
-            return list(map(tf.identity, packs))
+        with tf.control_dependencies([now]):
+            return list(map(tf.identity, packs)), now
 
     def _measure(self, d: list[tf.Tensor], numbers: dict[str, Any]) -> None:
         """Before the outer step, with the mean deltas and the header's numbers."""

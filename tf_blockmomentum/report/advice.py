@@ -110,7 +110,8 @@ def _slow_worker(m: Measured) -> str:
         return ""
     return (
         f"{waits}, and not for its local steps, which take no longer: for what it does between "
-        "them. Look at callbacks that run on it alone, and for uneven shares of the data."
+        "them. Look at callbacks that run on it alone, at uneven shares of the data, and at what "
+        "else runs on its machine."
     )
 
 
