@@ -196,7 +196,7 @@ def test_a_worker_that_is_slow(pair):
 
 def with_much_momentum(strategy, beta):
     report = tfbm.BlockReport()
-    trained(strategy, tfbm.BlockTraining(), report, beta=beta, epochs=4, k=2, rate=0.2)
+    trained(strategy, tfbm.BlockTraining(), report, beta=beta, epochs=3, k=2, rate=0.2)
     return report.advice, report.epochs[-1].cosine
 
 
@@ -213,7 +213,7 @@ def weights_with(strategy, reports, overlap):
     return [*model.get_weights(), *(v.numpy() for v in model.optimizer.shared_state)]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_report_changes_nothing(pair, overlap):
     with_it, without = (
         pair.run(weights_with, True, overlap),

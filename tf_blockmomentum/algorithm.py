@@ -264,10 +264,15 @@ def square_norm(tensors):
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
 
 
+def square_sum(tensors):
+    """As `square_norm`, in one pass without XLA."""
+    return tf.add_n([2 * tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])
+
+
 def inner_product(tensors, others):
-    """The sum of the products of their elements, in float32."""
-    products = [
-        tf.reduce_sum(tf.cast(t, tf.float32) * tf.cast(o, tf.float32))
-        for t, o in zip(tensors, others, strict=True)
-    ]
-    return tf.add_n(products)
+    """The sum of the products of their elements, in float32 and in one pass without XLA."""
+    products = []
+    for t, o in zip(tensors, others, strict=True):
+        row, column = tf.reshape(t, [1, -1]), tf.reshape(o, [-1, 1])
+        products.append(tf.cast(row, tf.float32) @ tf.cast(column, tf.float32))
+    return tf.squeeze(tf.add_n(products))

@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.algorithm import inner_product, square_norm
+from tf_blockmomentum.algorithm import inner_product, square_norm, square_sum
 from tf_blockmomentum.boundary.exchange import sum_over_replicas, sum_packs
 from tf_blockmomentum.boundary.header import Header
 from tf_blockmomentum.boundary.nonfinite import make_finite
@@ -137,6 +137,7 @@ class Boundary:
             self.bytes = _bytes_of(packs)
             self._times.assign([left, arrived])
         sums, header = self._detach(sums)
+        self._measure(sums, header)
         come_back = self._compiled(self._come_back)
         some = self.header.read(header)["active"] > 0
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
@@ -149,7 +150,6 @@ class Boundary:
         numbers = self.header.read(header)
         share = _share(numbers["active"])
         drift = self._optimizers[0].drift(d, numbers["square"] * share)
-        self._measure(d, numbers)
         for optimizer, its_d in self._by_optimizer(d):
             optimizer.end_block(optimizer.deltas(), its_d, tf.reduce_sum(numbers["steps"]) * share)
         for v, value in zip(self.statistics, others, strict=True):
@@ -209,11 +209,10 @@ class Boundary:
         numbers = self.header.read(header)
 
         def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            d = self._means(sums, header)[0]
-            self._measure(d, self.header.read(header))
-            for optimizer, its_d in self._by_optimizer(d):
+            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
                 optimizer.land(its_d)
 
+        self._measure(sums, header)
         step = self._compiled(outer_step)
         tf.cond(numbers["active"] > 0, lambda: step(sums, header), lambda: None)
         if flush is not None:
@@ -247,9 +246,12 @@ class Boundary:
         packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
         square = tf.constant(0.0)
         if self._optimizers[0].measures_drift or self.measures:
-            measure = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))
-            wanted = self._optimizers[0].measures_drift or told[TOLD.index("measuring")] > 0
-            square = tf.cond(tf.convert_to_tensor(wanted), lambda: measure(steps), lambda: 0.0)
+            if self._optimizers[0].measures_drift:
+                square = self._compiled(lambda steps: square_norm(self._coded(steps)[0]))(steps)
+            else:
+                wanted = told[TOLD.index("measuring")] > 0
+                measure = tf.function(lambda s: square_sum(self._coded(s)[0]), autograph=False)
+                square = tf.cond(wanted, lambda: measure(steps), lambda: 0.0)
             square = tf.where(taking_part, square, 0.0)
         if self.compressed:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(steps, taking_part)
@@ -397,27 +399,32 @@ class Boundary:
         with tf.control_dependencies([now]):
             return list(map(tf.identity, packs)), now
 
-    def _measure(self, d: list[tf.Tensor], numbers: dict[str, Any]) -> None:
-        """Before the outer step, with the mean deltas and the header's numbers."""
+    def _measure(self, sums: list[tf.Tensor], header: tf.Tensor) -> None:
+        """Before the outer step, from what it gets. Not in one function with it, where XLA would
+        copy what the outer step overwrites, measured or not."""
         if not self.measures:
             return
 
-        def measure() -> None:
+        def measure(sums: list[tf.Tensor], header: tf.Tensor) -> None:
+            d, numbers = self._means(sums, header)[0], self.header.read(header)
             velocity, along = tf.constant(0.0), tf.constant(0.0)
             for optimizer, its_d in self._by_optimizer(d):
                 its_velocity = optimizer.velocities()
                 if its_velocity:
-                    velocity += square_norm(its_velocity)
+                    velocity += square_sum(its_velocity)
                     along += inner_product(its_velocity, its_d)
-            mean = square_norm(d)
-            anchor = square_norm([a for o in self._optimizers for a in o.anchors])
+            mean = square_sum(d)
+            anchor = square_sum([a for o in self._optimizers for a in o.anchors])
             spread = tf.maximum(numbers["square"] * _share(numbers["active"]) - mean, 0)
             drift = tf.math.divide_no_nan(spread, anchor)
             cosine = tf.math.divide_no_nan(along, tf.sqrt(mean) * tf.sqrt(velocity))
             roots = map(tf.sqrt, (drift, mean, velocity))
             self._measured.assign(tf.stack([*roots, cosine]))
 
-        tf.cond(numbers["measuring"] > 0, measure, lambda: None)
+        # Not by XLA: its sums of squares take many times as long as TensorFlow's on a CPU.
+        measure = tf.function(measure, autograph=False)
+        wanted = self.header.read(header)["measuring"] > 0
+        tf.cond(wanted, lambda: measure(sums, header), lambda: None)
 
     # -- before somebody looks ----------------------------------------------------------------
 

@@ -13,8 +13,10 @@ from tf_blockmomentum.boundary.observer import Observer
 
 STEPS, FLIGHT, WAIT = "steps", "transport", "wait"
 _BETWEEN = "validation", "backup"  # blocks
-_LARGE = 1_000_000  # weights; measuring those takes time
-_SELDOM = 8  # so only every so many blocks
+_DEPART = "leave", "send_again"  # after which a flight begins
+_LARGE = 100_000  # weights; measuring those takes time,
+_OFTEN, _SELDOM = 8, 32  # so only every so many blocks, and after some
+_MANY = 64  # even more seldom
 
 
 @dataclasses.dataclass
@@ -77,6 +79,7 @@ class Recorder(Observer):
         self._number = 0  # of the present block
         self._arrived: float | None = None  # when the last all-reduce had ended
         self._flight: tuple[float, float | None] | None = None  # begin and end of the last one
+        self._flights = 0
         self._landed: tuple[float, float | None] | None = None  # of the one last waited for
         self._stepping = 0.0
         self._traced = False  # whether steps of this block were
@@ -91,11 +94,12 @@ class Recorder(Observer):
     def span(self, name: str, traces: Callable[[], int] | None = None) -> Iterator[None]:
         before = traces() if traces else 0
         begin = time.perf_counter()
-        if name == FLIGHT:
-            self._flight = (begin, None)
         if name == STEPS and self._began is None:
             self._began, self._since = begin, {}
         number = self._number + (name == STEPS)
+        if name == FLIGHT:  # the host may be at the end of the next block already
+            self._flights += 1
+            number = self._flights
         try:
             yield
         finally:
@@ -122,6 +126,8 @@ class Recorder(Observer):
                 self._stepping += end - begin
             else:
                 self._since[name] = self._since.get(name, 0.0) + end - begin
+            if name in _DEPART:
+                self._flight = (end, None)  # its thread may begin later
             if name == "boundary":
                 self._boundary = (begin, end)
             elif name == WAIT:
@@ -143,7 +149,8 @@ class Recorder(Observer):
     def _is_measured(self, replica: Any) -> bool:
         """All workers say the same: a norm needs all of them."""
         weights = sum(v.shape.num_elements() for v in replica.trained)
-        return weights < _LARGE or self._number % _SELDOM == 0
+        every = _OFTEN if self._number <= _MANY else _SELDOM
+        return weights < _LARGE or self._number % every == 0
 
     def told(self, numbers: Mapping[str, Any], replica: Any) -> None:
         by_worker = {
