@@ -29,8 +29,8 @@ class BlockReport(keras.callbacks.Callback):
     It runs on all workers (not in `ChiefOnly`), anywhere among the callbacks. What workers tell
     each other is three numbers in the header of the boundary. Norms take a pass over the weights
     each, so that above 100,000 weights only every eighth of the first 64 blocks and every 32nd
-    later has them. docs/report.md has what that takes: about 1 % of the time where blocks are
-    short. With a `timeline` the workers also gather at the end of an epoch.
+    later has them. docs/report.md has what it takes: under 1 % of the time where a block takes
+    100 ms or more. With a `timeline` the workers also gather at the end of an epoch.
 
     Args:
         log_dir: a folder for TensorBoard, written by the chief alone: scalars by block.
