@@ -28,6 +28,10 @@ DEV = [
     "ipykernel>=6.29",  # the kernel it runs in
 ]
 
+PLOT = [
+    "matplotlib>=3.8",  # pictures of tfbm-plan and of timelines
+]
+
 setup(
     name="tf-blockmomentum",
     version="0.1.0",
@@ -49,9 +53,15 @@ setup(
     extras_require={
         "examples": EXAMPLES,
         "tuner": TUNER,
+        "plot": PLOT,
         "bench": EXAMPLES + BENCH,
         "dev": DEV,
         "all": EXAMPLES + TUNER + DEV,
     },
-    entry_points={"console_scripts": ["tfbm-launch=tf_blockmomentum.launch:main"]},
+    entry_points={
+        "console_scripts": [
+            "tfbm-launch=tf_blockmomentum.launch:main",
+            "tfbm-plan=tf_blockmomentum.plan:main",
+        ]
+    },
 )

@@ -20,7 +20,7 @@ import tf_blockmomentum as tfbm
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(tfbm.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name != "launch")
-MODULES.append("launch.spawn")
+MODULES += ["launch.spawn", "report.callback"]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -29,7 +29,7 @@ def test_docstrings(name):
     names = {"keras": keras, "np": np, "tf": tf, "tfbm": tfbm}
     result = doctest.testmod(module, extraglobs=names)
     assert result.failed == 0
-    if name in ("callback", "launch.spawn", "loop", "optimizer", "strategy"):
+    if name in ("callback", "launch.spawn", "loop", "optimizer", "report.callback", "strategy"):
         assert result.attempted > 0
 
 

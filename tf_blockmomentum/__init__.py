@@ -6,12 +6,16 @@ import sys as _sys
 
 __version__ = "0.1.0"
 
-# The launcher only starts processes and need not wait seconds for TensorFlow. While Python looks
-# for the module of -m, it stands where the script's name will.
+# The launcher only starts processes, plan and report only draw: they need not wait seconds for
+# TensorFlow. While Python looks for the module of -m, it stands where the script's name will.
 _program = _sys.argv[0] if _sys.argv else ""
 if _program == "-m":
     _program = _sys.orig_argv[-len(_sys.argv)].removeprefix("-m")
-if _os.path.basename(_program) in ("tf_blockmomentum.launch", "tfbm-launch"):
+_COMMANDS = ("launch", "plan", "report")
+if _os.path.basename(_program) in (
+    *(f"tf_blockmomentum.{command}" for command in _COMMANDS),
+    *(f"tfbm-{command}" for command in _COMMANDS),
+):
     __all__ = []
 else:
     try:
@@ -37,6 +41,7 @@ else:
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum
     from tf_blockmomentum.outer import SlowMo
+    from tf_blockmomentum.report.callback import BlockReport
     from tf_blockmomentum.statistics import refresh_statistics
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 
@@ -46,6 +51,7 @@ else:
         "BlockBackup",
         "BlockLoop",
         "BlockMomentum",
+        "BlockReport",
         "BlockTraining",
         "ChiefOnly",
         "MultiDeviceBlockStrategy",

@@ -131,6 +131,14 @@ class Blocks(Settings):
             if w.constraint is not None:
                 anchor.assign(w.constraint(anchor))
 
+    def velocities(self):
+        """The velocity of each variable with block momentum, in the order of `anchors`; none
+        without block momentum or with an `outer_optimizer` of the user's."""
+        outer = self.outer_optimizer
+        if not self.block_momentum or not getattr(outer, "momentums", None):
+            return []
+        return [outer.momentums[_keras.index_of(outer, a)] for a in self.anchors]
+
     # -- overlap: the outer step comes within the next block ----------------------------------
 
     def keep_deltas(self, deltas):
@@ -302,3 +310,17 @@ class Blocks(Settings):
 def square_norm(tensors):
     """The sum of the squares of all their elements, in float32."""
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
+
+
+def square_sum(tensors):
+    """As `square_norm`, in one pass without XLA."""
+    return tf.add_n([2 * tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])
+
+
+def inner_product(tensors, others):
+    """The sum of the products of their elements, in float32 and in one pass without XLA."""
+    products = []
+    for t, o in zip(tensors, others, strict=True):
+        row, column = tf.reshape(t, [1, -1]), tf.reshape(o, [-1, 1])
+        products.append(tf.cast(row, tf.float32) @ tf.cast(column, tf.float32))
+    return tf.squeeze(tf.add_n(products))

@@ -11,8 +11,9 @@ import tensorflow as tf
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum._private.trainer import Fit, fit_of, install
+from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
-from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.statistics import DEFAULT, check_refresh_statistics, with_statistics
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import BlockStrategy, worker_of
@@ -89,6 +90,7 @@ class BlockTraining(keras.callbacks.Callback):
         self._loop: BlockLoop | None = None
         self._begin = 0
         self._fit = Fit()
+        self._observer = Observer()
 
     @property
     def skipped(self) -> int:
@@ -104,8 +106,27 @@ class BlockTraining(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
+        self._observer = Observer()  # that of an earlier fit, which may have failed
         self.attach(model)
         model.train_function = self._train_function
+
+    def observe(self, observer: Observer) -> BlockLoop | None:
+        """Has the loop tell somebody what it does, from now on until the end of fit. Returns the
+        loop, if there is one yet."""
+        self._observer = observer
+        if self._loop is not None:
+            self._loop.ending.observer = observer
+        return self._loop
+
+    @property
+    def optimizer(self) -> BlockMomentum:
+        """The first of the model's BlockMomentum optimizers."""
+        return check_together(self._wrappers)[0]
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a fit is under way."""
+        return self._model.train_function == self._train_function
 
     def attach(self, model: keras.Model) -> None:
         """Takes the model's training over, with the loop of an earlier fit if it fits."""
@@ -153,6 +174,7 @@ class BlockTraining(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         self.model.train_function = self._between_fits
+        self.observe(Observer())
 
     # -- the training function --------------------------------------------------------------------
 
@@ -227,7 +249,7 @@ class BlockTraining(keras.callbacks.Callback):
             self.model.stop_training, loop.ending.leaving = wish > 0, wish > 1
 
     def _fitting_loop(self) -> BlockLoop | None:
-        return self._loop if self._model.train_function == self._train_function else None
+        return self._loop if self.is_fitting else None
 
     @property
     def log_specs(self) -> Any:
@@ -238,6 +260,7 @@ class BlockTraining(keras.callbacks.Callback):
         """The model's weights may be others than at the last fit's end, and its seeds."""
         assert self._loop is not None
         model = self._model
+        self._loop.ending.observer = self._observer
         self._loop.begin_fit(lambda: _keras.shared_variables(model), self._fit.data)
         if self._loop.kept is not None:
             self._loop.kept.take()  # of a fit that was interrupted
@@ -256,7 +279,7 @@ class BlockTraining(keras.callbacks.Callback):
 
     def flush_between_fits(self) -> None:
         """As `flush`, unless a fit is under way."""
-        if self._model.train_function != self._train_function:
+        if not self.is_fitting:
             self.flush()
 
     def _between_fits(self, data: Any) -> Any:
@@ -299,6 +322,12 @@ class ChiefOnly(keras.callbacks.Callback):
 
     def __init__(self, callback):
         super().__init__()
+        if getattr(callback, "on_all_workers", False):
+            raise ValueError(
+                f"{type(callback).__name__} has to run on all workers, which tell each other what "
+                f"it needs. Received: ChiefOnly({type(callback).__name__}(...)). Leave ChiefOnly "
+                "out: what it writes for all it writes on the chief alone."
+            )
         self.callback = callback
         self._calls = False  # until the model tells which worker this is
 

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from tf_blockmomentum.schedules import check_overlap, landing_step
+from tf_blockmomentum.landing import check_overlap, landing_step
 
 # Bytes of a weight's delta on the way, by the strategy's `compression`: 16 bits; or a code, and a
 # 256th of a scale of 16 bits.
@@ -54,6 +54,12 @@ class CostModel:
     latency: float = 0.0
     boundary_seconds: float = 0.0
 
+    def compressed(self, compression=None):
+        """The model with deltas that travel as codes: None, "float16", "int8" or "int4" in place
+        of float32. Coding itself, a pass over the weights, is not in it."""
+        share = COMPRESSED_BYTES[compression] / 4 if compression else 1
+        return dataclasses.replace(self, model_bytes=self.model_bytes * share)
+
     def messages(self, replicas):
         """Seconds that the messages of one boundary take among `replicas` workers."""
         hops = 2 * (replicas - 1)
@@ -72,6 +78,10 @@ class CostModel:
     def step(self, sync_period, replicas, overlap=False):
         """Seconds of one step, its share of the boundary included."""
         return self.block(sync_period, replicas, overlap) / sync_period
+
+    def share(self, sync_period, replicas, overlap=False):
+        """The speed as a share of that without communication: 1 where a boundary costs nothing."""
+        return self.step_seconds / self.step(sync_period, replicas, overlap)
 
     def throughput(self, batch, sync_period, replicas, overlap=False):
         """Examples per second of all replicas together, each with `batch` a step."""

@@ -247,7 +247,8 @@ class BlockLoop:
             wanted = min(remaining, max(self.ending.next_stop - self._position, 1))
             first, self._lookahead = self._lookahead, None
             first = first[1] if first and first[0] is iterator else None
-            with explaining_xla(self._jit):
+            span = self.ending.observer.span("steps", lambda: self._local_steps.traces)
+            with explaining_xla(self._jit), span:
                 taken, new_logs, following = self.take_steps(iterator, wanted, first, peek)
             self._position += taken
             self._count(iterator, taken)

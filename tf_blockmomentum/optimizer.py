@@ -11,6 +11,7 @@ import tensorflow as tf
 from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.algorithm import Blocks
+from tf_blockmomentum.landing import check_overlap
 from tf_blockmomentum.outer import A_MOMENTUM, SlowMo
 from tf_blockmomentum.settings import A_RATE
 from tf_blockmomentum.strategy import BlockStrategy, check_number
@@ -169,7 +170,7 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
         self.inner_optimizer = inner_optimizer
         self.sync_period = schedules.check_schedule(sync_period)
         self.inner_state = inner_state
-        self.overlap = schedules.check_overlap(overlap)
+        self.overlap = check_overlap(overlap)
         if self.overlap and inner_state == "average":
             raise ValueError(
                 'With `overlap`, `inner_state` must be "keep" or "reset": the mean of a second '

@@ -69,6 +69,12 @@ class LocalSteps:
             taken, *rest = self._from_first(iterator, tf.constant(count), first, peek)
         return int(taken), *rest
 
+    @property
+    def traces(self) -> int:
+        """How often its functions have been traced."""
+        functions = (self._one_step, self._from_iterator, self._from_first)
+        return sum(function.experimental_get_tracing_count() for function in functions)
+
     def trace(self, iterator: Any, peek: bool = False) -> None:
         """Traces a step without taking it, so that all that can be known of it is known."""
         self._building(

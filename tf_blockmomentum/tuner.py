@@ -25,8 +25,8 @@ import tensorflow as tf
 from tf_blockmomentum import launch
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.callback import BlockTraining
+from tf_blockmomentum.landing import check_overlap
 from tf_blockmomentum.optimizer import BlockMomentum, find
-from tf_blockmomentum.schedules import check_overlap
 from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 from tf_blockmomentum.tuner_report import as_text, heat_map, published_rules, results_table
 from tf_blockmomentum.tuner_trial import StopAtTarget, TimeToTarget, TrialTraining, time_to_target

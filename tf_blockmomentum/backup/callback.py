@@ -292,7 +292,8 @@ class BlockBackup(keras.callbacks.Callback):
         path = directory / f"worker-{self._worker}-of-{self._workers}.npz"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            write(path, members())
+            with self._loop.ending.observer.span("backup"):
+                write(path, members())
         except OSError as error:
             with contextlib.suppress(OSError):
                 path.with_suffix(".tmp").unlink()

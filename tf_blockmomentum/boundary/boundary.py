@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.algorithm import square_norm
+from tf_blockmomentum.algorithm import inner_product, square_norm, square_sum
 from tf_blockmomentum.boundary.codes import BITS, fits, float16
 from tf_blockmomentum.boundary.exchange import sum_over_replicas, sum_packs
 from tf_blockmomentum.boundary.feedback import Feedback, wide
@@ -22,7 +22,7 @@ from tf_blockmomentum.variables import FIRST, MAXIMUM, MEAN, MINIMUM, ROUNDED, S
 
 _LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
 # What the host tells its replicas at a boundary: a vector, in this order.
-TOLD = ("ended", "stopping", "leaving", "set", "anchor")
+TOLD = ("ended", "stopping", "leaving", "set", "anchor", "busy", "stepping", "measuring")
 
 
 class Boundary:
@@ -58,6 +58,8 @@ class Boundary:
         self._feedback: Feedback | None = None
         if compression in BITS:
             self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
+        self.measures = False  # for a report
+        self.bytes = 0  # that a replica gives to the all-reduce, if it measures
         with strategy.scope():
             # Steps this replica took in this block.
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
@@ -68,6 +70,10 @@ class Boundary:
             # With `overlap` and a schedule: K of the present block, and of the one in flight; 0
             # for what the schedule says now.
             self.periods = tf.Variable([0] * 2, dtype=tf.int64, trainable=False, name="periods")
+            # For a report: the drift, the norms of mean delta and velocity, and their cosine; when
+            # all was packed, and when the sums had arrived.
+            self._measured = tf.Variable([0.0] * 4, trainable=False, name="measured")
+            self._times = tf.Variable([0.0] * 2, False, dtype=tf.float64, name="times")
 
     def ready(self) -> None:
         """Makes what depends on the rules, once they are known."""
@@ -151,9 +157,14 @@ class Boundary:
 
     def boundary(self, told: tf.Tensor) -> tf.Tensor:
         """Ends this replica's block. Returns the status: the summed header, and the drift."""
-        sums = self._sum(self.leave(told))
+        packs, left = self._timed(self.leave(told))
+        sums, arrived = self._timed(self._sum(packs))
+        if self.measures:
+            self.bytes = _bytes_of(packs)
+            self._times.assign([left, arrived])
         self.settle_parts(sums)
         sums, header = self._detach(self._decoded(sums))
+        self._measure(sums, header)
         come_back = self._compiled(self._come_back)
         some = self.header.read(header)["active"] > 0
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
@@ -206,9 +217,15 @@ class Boundary:
             message, nothing = self._feedback.message, self._feedback.nothing
             codes = [tf.cond(finite, lambda: message(groups, scales), nothing)]
         square = tf.constant(0.0)
-        if self._optimizers[0].measures_drift:
-            square = self._compiled(lambda *args: square_norm(self._coded(*args)[0]))
-            square = tf.where(taking_part, square(steps, *codes), 0.0)
+        if self._optimizers[0].measures_drift or self.measures:
+            if self._optimizers[0].measures_drift:
+                measure = self._compiled(lambda *args: square_norm(self._coded(*args)[0]))
+                square = measure(steps, *codes)
+            else:
+                wanted = told[TOLD.index("measuring")] > 0
+                measure = tf.function(lambda *a: square_sum(self._coded(*a)[0]), autograph=False)
+                square = tf.cond(wanted, lambda: measure(steps, *codes), lambda: 0.0)
+            square = tf.where(taking_part, square, 0.0)
             self._sent_square.assign(square)
         if self._feedback:
             keep_back = self._feedback.keep_back
@@ -247,6 +264,7 @@ class Boundary:
 
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
+        self.bytes = _bytes_of(packs)
         sums = self._sum(packs)
         return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
@@ -409,6 +427,60 @@ class Boundary:
         ]
         return means[:weights], means[weights:]
 
+    # -- for a report -------------------------------------------------------------------------
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Without overlap: when the last block was packed, and when its sums had arrived; seconds
+        of the day's clock, on this worker's first replica."""
+        packed, arrived = self._local(self._times).tolist()
+        return packed, arrived
+
+    @property
+    def measured(self) -> list[float]:
+        """Of the last block that was measured: the drift, the norms of the mean delta and of the
+        velocity before it, and their cosine."""
+        return self._local(self._measured).tolist()
+
+    def _local(self, variable: Any) -> Any:
+        return self._strategy.experimental_local_results(variable)[0].numpy()
+
+    def _timed(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], Any]:
+        """These, and when they were there; what is made of them comes later."""
+        if not self.measures:
+            return packs, None
+        with tf.control_dependencies(packs):
+            now = tf.timestamp()
+        with tf.control_dependencies([now]):
+            return list(map(tf.identity, packs)), now
+
+    def _measure(self, sums: list[tf.Tensor], header: tf.Tensor) -> None:
+        """Before the outer step, from what it gets. Not in one function with it, where XLA would
+        copy what the outer step overwrites, measured or not."""
+        if not self.measures:
+            return
+
+        def measure(sums: list[tf.Tensor], header: tf.Tensor) -> None:
+            d, numbers = self._means(sums, header)[0], self.header.read(header)
+            velocity, along = tf.constant(0.0), tf.constant(0.0)
+            for optimizer, its_d in self._by_optimizer(d):
+                its_velocity = optimizer.velocities()
+                if its_velocity:
+                    velocity += square_sum(its_velocity)
+                    along += inner_product(its_velocity, its_d)
+            mean = square_sum(d)
+            anchor = square_sum([a for o in self._optimizers for a in o.anchors])
+            spread = tf.maximum(numbers["square"] * share_of(numbers["active"]) - mean, 0)
+            drift = tf.math.divide_no_nan(spread, anchor)
+            cosine = tf.math.divide_no_nan(along, tf.sqrt(mean) * tf.sqrt(velocity))
+            roots = map(tf.sqrt, (drift, mean, velocity))
+            self._measured.assign(tf.stack([*roots, cosine]))
+
+        # Not by XLA: its sums of squares take many times as long as TensorFlow's on a CPU.
+        measure = tf.function(measure, autograph=False)
+        wanted = self.header.read(header)["measuring"] > 0
+        tf.cond(wanted, lambda: measure(sums, header), lambda: None)
+
     # -- before somebody looks ----------------------------------------------------------------
 
     def settle(self) -> None:
@@ -483,6 +555,10 @@ class Boundary:
 def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     """The number of the last pack of that dtype, or None."""
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
+
+
+def _bytes_of(packs: list[tf.Tensor]) -> int:
+    return sum(flat.shape.num_elements() * flat.dtype.size for flat in packs)
 
 
 def share_of(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:

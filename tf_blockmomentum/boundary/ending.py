@@ -15,7 +15,8 @@ from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
 from tf_blockmomentum.boundary.header import checksum, crc
 from tf_blockmomentum.boundary.nonfinite import describe
-from tf_blockmomentum.schedules import landing_step
+from tf_blockmomentum.boundary.observer import Observer
+from tf_blockmomentum.landing import landing_step
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 from tf_blockmomentum.variables import Rules
 
@@ -63,16 +64,23 @@ class Ending:
         self.leaving = False  # whether a worker has asked all to end the process
         self.skipped = 0
         self.drift = 0.0
+        self.observer = Observer()
 
     # -- what is compiled ---------------------------------------------------------------------
 
     def ready(self) -> None:
         """Makes what depends on the rules and on the optimizers' settings, if they are new."""
-        known = (self.rules.follow(), *(optimizer.version for optimizer in self._optimizers))
+        measures = self.observer.measures
+        known = (
+            measures,
+            self.rules.follow(),
+            *(optimizer.version for optimizer in self._optimizers),
+        )
         if known == self._known:
             return
         self._known = known
         replica = self.replica
+        replica.measures = measures
         replica.ready()
         self.boundary = self._on_replicas(replica.boundary)
         self._settle = self._on_replicas(replica.settle)
@@ -95,7 +103,14 @@ class Ending:
         def on_replicas(*args: Any) -> Any:
             return self._strategy.run(replica_fn, args=args)
 
-        return tf.function(on_replicas, autograph=False)
+        function = tf.function(on_replicas, autograph=False)
+        traces = function.experimental_get_tracing_count
+
+        def observed(*args: Any) -> Any:
+            with self.observer.span(replica_fn.__name__, traces):
+                return function(*args)
+
+        return observed
 
     def _first(self, values: Any) -> np.ndarray:
         return self._strategy.experimental_local_results(values)[0].numpy()
@@ -179,13 +194,15 @@ class Ending:
             anchor = self._sum_of_anchors() if self.weights_set else self._anchor_told
         elif ended or self.weights_set or self._boundaries % _CHECK == 0:
             anchor = self._sum_of_anchors()
-        numbers = {
+        numbers: dict[str, float] = {
             "ended": ended,
             "stopping": stopping,
             "leaving": leaving,
             "set": self.weights_set,
             "anchor": anchor,
         }
+        numbers |= dict.fromkeys(("busy", "stepping", "measuring"), 0.0)
+        numbers |= self.observer.tell(self.replica)
         self.weights_set = False
         return tf.constant([float(numbers[name]) for name in TOLD])
 
@@ -198,6 +215,7 @@ class Ending:
         numbers, self.drift = self.replica.header.read(status[:-1]), float(status[-1])
         active, self.ended = round(float(numbers["active"])), round(float(numbers["ended"]))
         steps = np.rint(numbers["steps"]).astype(int)
+        self.observer.told(numbers, self.replica)
         if period:
             mean = round(int(steps.sum()) / max(active, 1))
             self._optimizers[0].adapt_period(period, mean, self.drift)
@@ -333,7 +351,7 @@ class Ending:
 
     def _arrive(self) -> tuple[Any, np.ndarray]:
         self.ready()  # what was set meanwhile is for the outer step to come
-        with meeting(self._strategy, "the end of a block"):
+        with self.observer.span("wait"), meeting(self._strategy, "the end of a block"):
             sums, status = self.flight.arrive()
             status = self._first(status)
         if self.replica.parts:

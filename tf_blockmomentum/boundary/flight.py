@@ -84,6 +84,7 @@ class OverlappedBoundary(Boundary):
     def _outer_step(self, sums: list[tf.Tensor]) -> tf.Tensor:
         """The outer step of a block that has arrived. Returns the drift."""
         sums, header = self._detach(self._decoded(sums))
+        self._measure(sums, header)
 
         def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
             d, numbers = self._means(sums, header)[0], self.header.read(header)

@@ -14,6 +14,8 @@ ROWS = (
     "nonfinite",  # 0, or the number, from 1, of its first tensor that is not finite
     "set",  # whether its weights were set between steps since the last boundary
     "anchor",  # 0, or a checksum of its anchor, from 1
+    "busy",  # for a report: seconds since the last all-reduce; 0: not known
+    "stepping",  # and those in local steps; 0: not known
 )
 # Sums over the replicas.
 SUMS = (
@@ -23,6 +25,7 @@ SUMS = (
     "leaving",  # that have to end the process
     "finite",  # that are finite, with or without steps
     "square",  # of the deltas' square norms
+    "measuring",  # that measure for a report
 )
 CHECKSUMS = 1 << 20  # float32 counts them exactly
 

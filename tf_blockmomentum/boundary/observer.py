@@ -1,0 +1,43 @@
+"""What a loop tells somebody who wants to know what its time goes to."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Observer:
+    """Listens to nothing; base of those that listen.
+
+    A loop has one, told of what the host calls (`span`), asked for numbers that travel in the
+    boundary's header (`tell`), and told what all replicas have said there (`told`).
+    """
+
+    # Whether the replicas measure their deltas, and time the parts of a boundary.
+    measures = False
+
+    def span(
+        self, name: str, traces: Callable[[], int] | None = None
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Around something that takes time.
+
+        Args:
+            name: "steps", "wait", or the name of a replica's function at a boundary.
+            traces: how often what is called has been traced so far.
+        """
+        return contextlib.nullcontext()
+
+    def tell(self, replica: Any) -> dict[str, float]:
+        """At the end of a block: this worker's numbers for the header, by name.
+
+        Args:
+            replica: the `Boundary`.
+        """
+        return {}
+
+    def told(self, numbers: Mapping[str, Any], replica: Any) -> None:
+        """The header of a block that has arrived.
+
+        Args:
+            numbers: the replicas', by name.
+            replica: the `Boundary`, of which `times` and `measured` are of this block.
+        """
