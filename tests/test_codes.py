@@ -246,7 +246,12 @@ SIZE = 150 * 256 + 421
 @each
 @pytest.mark.parametrize(
     ("overlap", "jit"),
-    [(False, False), (False, True), (0.5, True), (1.0, False)],
+    [
+        pytest.param(False, False, marks=pytest.mark.slow),
+        (False, True),
+        (0.5, True),
+        (1.0, False),
+    ],
     ids=["eager_ops", "xla", "overlap-xla", "whole_overlap-eager_ops"],
 )
 def test_training_is_the_oracles_to_the_bit(pair, compression, overlap, jit):

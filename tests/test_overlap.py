@@ -9,10 +9,12 @@ import pytest
 import reference
 import tensorflow as tf
 from helpers import replica_values, scope
-from test_oracles import both, close, data, start, train
+from test_oracles import close, data, start, train
 from test_workers import on, workers  # noqa: F401
 
 import tf_blockmomentum as tfbm
+
+slow = pytest.mark.slow
 
 
 def tau_of(overlap):
@@ -59,15 +61,18 @@ def compare(strategy, replicas, overlap, steps_per_execution, jit, block, **orac
     return model, lengths
 
 
-@both
 @pytest.mark.parametrize(
-    ("replicas", "overlap", "outer", "steps_per_execution"),
+    ("jit", "replicas", "overlap", "outer", "steps_per_execution"),
     [
-        (1, 0.5, {"beta": 0.7}, 1),
-        (2, 0.25, {"beta": 0.6}, 3),
-        (2, 1.0, {"beta": 0.0}, 1),
-        (3, 0.5, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 1),
-        (3, 1.0, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 5),
+        param
+        for xla, *case in (
+            (False, 1, 0.5, {"beta": 0.7}, 1),
+            (True, 2, 0.25, {"beta": 0.6}, 3),
+            (False, 2, 1.0, {"beta": 0.0}, 1),
+            (True, 3, 0.5, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 1),
+            (False, 3, 1.0, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 5),
+        )
+        for param in (pytest.param(xla, *case), pytest.param(not xla, *case, marks=slow))
     ],
 )
 def test_every_replica_at_every_step(
@@ -86,7 +91,7 @@ def test_every_replica_at_every_step(
 @pytest.mark.parametrize(
     ("overlap", "jit", "outer"),
     [
-        (0.25, False, {"block_momentum": 0.5}),
+        pytest.param(0.25, False, {"block_momentum": 0.5}, marks=slow),
         (0.5, True, {"block_momentum": 0.9, "nesterov": True, "block_learning_rate": 0.7}),
         (1.0, False, {"block_momentum": 0.5}),
     ],
@@ -120,7 +125,7 @@ def heavy_ball(anchor, delta, velocity):
     return anchor + velocity, velocity
 
 
-@pytest.mark.parametrize(("overlap", "jit"), [(0.5, False), (1.0, True)])
+@pytest.mark.parametrize(("overlap", "jit"), [(0.5, False), pytest.param(1.0, True, marks=slow)])
 def test_with_an_outer_optimizer_a_replica_starts_from_where_it_is(strategy_of, overlap, jit):
     strategy = strategy_of(2)
     with scope(strategy):
@@ -185,7 +190,8 @@ class Powers:
 
 
 @pytest.mark.parametrize(
-    ("overlap", "compression"), [(0.125, None), (0.5, "float16"), (1.0, None)]
+    ("overlap", "compression"),
+    [(0.125, None), (0.5, "float16"), pytest.param(1.0, None, marks=slow)],
 )
 def test_every_local_step_counts_exactly_once(strategy_of, monkeypatch, overlap, compression):
     """Movements that do not depend on the weights: with beta=0 the anchor ends at the mean of
@@ -207,7 +213,8 @@ def test_every_local_step_counts_exactly_once(strategy_of, monkeypatch, overlap,
 
 
 @pytest.mark.parametrize(
-    ("overlap", "settings"), [(0.125, {}), (0.5, {"nesterov": True}), (1.0, {})]
+    ("overlap", "settings"),
+    [(0.125, {}), pytest.param(0.5, {"nesterov": True}, marks=slow), (1.0, {})],
 )
 def test_and_belongs_to_the_block_in_which_it_was_taken(strategy_of, overlap, settings):
     """With momentum the anchors are then those without overlap, whenever they land."""
@@ -259,7 +266,14 @@ def test_statistics_land_likewise(strategy_of, overlap):
     np.testing.assert_allclose(np.ravel(replica_values(running)), [own.mean()] * 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("setting", ["block_momentum", "block_learning_rate", "nesterov"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "block_momentum",
+        pytest.param("block_learning_rate", marks=slow),
+        pytest.param("nesterov", marks=slow),
+    ],
+)
 def test_what_is_set_in_flight_is_for_the_outer_step_to_come(strategy_of, setting):
     """Where the replicas have begun stays where it was: no movement comes of it."""
     values = {"block_momentum": 0.25, "block_learning_rate": 0.5, "nesterov": True}

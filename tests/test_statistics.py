@@ -77,7 +77,12 @@ def everything(model):
 
 @pytest.mark.parametrize(
     ("replicas", "what"),
-    [(2, "plain"), (1, "jit"), (2, "overlap in float16"), (1, "eager")],
+    [
+        pytest.param(2, "plain", marks=pytest.mark.slow),
+        (1, "jit"),
+        (2, "overlap in float16"),
+        (1, "eager"),
+    ],
 )
 def test_those_of_the_last_batches_at_the_anchor_and_nothing_else(strategy_of, replicas, what):
     strategy, size = strategy_of(replicas), SHARE * replicas
