@@ -62,6 +62,7 @@ def test_custom_loop(tmp_path):
     np.testing.assert_allclose(kernel, np.linspace(-1, 1, 10)[:3], atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_cifar10_resnet(tmp_path):
     """Images made by the example; TFDS, augmentation, schedule, checkpoints as for CIFAR-10."""
@@ -116,6 +117,7 @@ def test_augmentation_crops_and_mirrors(monkeypatch):
     assert {way for *_, way in seen} == {1, -1}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_text_transformer_goes_on_from_its_backup(tmp_path, monkeypatch):
     """Five modules of the standard library; the second run has one epoch more to do."""

@@ -165,6 +165,7 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, options, process, fits):
 # -- failures of processes ------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # a minute; one that is killed is in test_codes and test_launch too
 @pytest.mark.timeout(600)
 def test_killed_anywhere(tmp_path, undisturbed):
     failures = [
@@ -196,6 +197,7 @@ def test_killed_anywhere(tmp_path, undisturbed):
     assert "RuntimeError: a mistake" not in logs[0]
 
 
+@pytest.mark.slow  # a minute and a half; one that never comes is waited for below
 @pytest.mark.timeout(500)
 def test_hangs_end(tmp_path, undisturbed):
     failures = [

@@ -96,7 +96,13 @@ def train(strategy, directory, at=None, what=None, overlap=False, epochs=4):
 
 @pytest.mark.parametrize(
     ("what", "code", "overlap"),
-    [(stop, None, False), (reclaim, 143, False), (stop, None, 0.25), (reclaim, 143, 1.0)],
+    [
+        (stop, None, False),
+        (reclaim, 143, 0.25),
+        pytest.param(reclaim, 143, False, marks=pytest.mark.slow),
+        pytest.param(stop, None, 0.25, marks=pytest.mark.slow),
+        pytest.param(reclaim, 143, 1.0, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_within_an_epoch_and_started_again(pair, tmp_path, what, code, overlap):
     """Bit-identical, histories and best values too, and not taken for finished. After SIGTERM the

@@ -24,7 +24,7 @@ for overlap in (False, True):
         )
         optimizer = tfbm.BlockMomentum(keras.optimizers.Adam(0.1), sync_period=2, overlap=overlap)
         model.compile(optimizer, "mse", steps_per_execution=4)
-    training = tfbm.BlockTraining(jit_compile=True)
+    training = tfbm.BlockTraining(jit_compile=True, refresh_statistics=0)
     model.fit(np.zeros([32, 6]), np.zeros([32, 3]), batch_size=4, verbose=0, callbacks=[training])
 """
 
@@ -69,6 +69,7 @@ def test_iterators_that_are_dropped_in_mid_air(strategy_of):
         del iterator
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(150)
 def test_the_check_runs_without_a_gpu(tmp_path):
     """`make gpu-check` says that there is none, and checks the same on the CPU."""

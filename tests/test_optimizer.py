@@ -39,7 +39,7 @@ def compiled(strategy, inner, **settings):
 
 
 # Each compiles for ten seconds; what is peculiar about an optimizer is in these.
-QUICK = ("sgd", "adamw_clipnorm", "nadam", "ema", "accumulation")
+QUICK = ("adamw_clipnorm", "nadam", "ema")
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_others_are_started_after_a_failure_of_one(pair, monkeypatch, how, limit
     assert not {pid for pid, _ in pair.run(who)} & {pid for pid, _ in before}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_workers_end_with_a_pytest_that_is_killed():
     script = textwrap.dedent("""

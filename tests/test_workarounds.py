@@ -23,6 +23,7 @@ ON_READ = {
 @pytest.fixture(scope="module")
 def mirrored():
     """TensorFlow's own strategy, of two devices."""
+    tf.distribute.MirroredStrategy._collective_key_base += 100000  # as in conftest
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_blockmomentum as tfbm
+from tf_blockmomentum.boundary.boundary import TOLD
 
 STEPS = 10
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
@@ -56,7 +57,7 @@ for compression, sync_period in settings:
     model.fit(data, verbose=0, callbacks=[blocks])
     after = loopback_bytes()
     weights = 4 * sum(int(np.prod(w.shape)) for w in model.trainable_variables)
-    boundary = blocks._loop.ending.boundary.get_concrete_function(tf.zeros([5]))
+    boundary = blocks._loop.ending.boundary.get_concrete_function(tf.zeros([len(TOLD)]))
     saw[f"{compression} {sync_period}"] = {
         "bytes": after - before,
         "blocks": optimizer.blocks - blocks_before,
@@ -78,7 +79,7 @@ with strategy.scope():
     model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(1e-4)), "mse")
 blocks = tfbm.BlockTraining()
 model.fit(data, verbose=0, callbacks=[blocks])
-boundary = blocks._loop.ending.boundary.get_concrete_function(tf.zeros([5]))
+boundary = blocks._loop.ending.boundary.get_concrete_function(tf.zeros([len(TOLD)]))
 saw["two dtypes"] = collectives(boundary)
 with open(os.path.join(sys.argv[1], f"{index}.json"), "w") as file:
     json.dump(saw, file)

@@ -110,6 +110,8 @@ class Ending:
             with self.observer.span(replica_fn.__name__, traces):
                 return function(*args)
 
+        observed.experimental_get_tracing_count = traces  # type: ignore[attr-defined]
+        observed.get_concrete_function = function.get_concrete_function  # type: ignore[attr-defined]
         return observed
 
     def _first(self, values: Any) -> np.ndarray:
