@@ -14,11 +14,12 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tf_blockmomentum.launch import free_ports
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/gpu-check")
@@ -80,7 +81,7 @@ def run(part: str, quick: bool, limit: float) -> dict:
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # processes share a GPU
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(workers)]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
     processes = []
     for index in range(workers):
         if workers > 1:
@@ -117,12 +118,6 @@ def end(processes: list[subprocess.Popen], patience: float = 0) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def section(part: str, result: dict) -> str:

@@ -59,7 +59,7 @@ class Boundary:
         if compression in BITS:
             self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
         self.measures = False  # for a report
-        self.bytes = 0  # that a replica gives to the all-reduce, if it measures
+        self.bytes = 0  # that a replica gives to the all-reduce, once traced
         with strategy.scope():
             # Steps this replica took in this block.
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
@@ -160,7 +160,6 @@ class Boundary:
         packs, left = self._timed(self.leave(told))
         sums, arrived = self._timed(self._sum(packs))
         if self.measures:
-            self.bytes = _bytes_of(packs)
             self._times.assign([left, arrived])
         self.settle_parts(sums)
         sums, header = self._detach(self._decoded(sums))
@@ -264,7 +263,6 @@ class Boundary:
 
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
-        self.bytes = _bytes_of(packs)
         sums = self._sum(packs)
         return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
 
@@ -377,6 +375,7 @@ class Boundary:
     def _sum(self, packs: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums what `leave` returned over the replicas, but for codes: their sum in codes, and
         what its owner keeps back of it."""
+        self.bytes = _bytes_of(packs)
         if self._feedback:
             return [*self._feedback.sum(packs[0]), *sum_packs(packs[1:])]
         return sum_packs(packs)
