@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.boundary.agreement import Agreement
 from tf_blockmomentum.boundary.boundary import TOLD, Boundary
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
@@ -51,6 +52,7 @@ class Ending:
         skip = on_nonfinite == "skip"
         kind = OverlappedBoundary if optimizers[0].overlap else Boundary
         self.replica = kind(optimizers, strategy, self.rules, jit, skip)
+        self.agreement = Agreement(optimizers, strategy, self.rules)
         self._known: tuple | None = None  # what the compiled functions were made for
         self.flight = Flight()
         self._boundaries = 0
@@ -83,11 +85,11 @@ class Ending:
         replica.measures = measures
         replica.ready()
         self.boundary = self._on_replicas(replica.boundary)
-        self._settle = self._on_replicas(replica.settle)
-        self._align = self._on_replicas(replica.align)
-        self._average = self._on_replicas(replica.average_anchors)
-        self._moved = self._on_replicas(replica.moved)
-        self._go_back = self._on_replicas(replica.go_back)
+        self._settle = self._on_replicas(self.agreement.settle)
+        self._align = self._on_replicas(self.agreement.align)
+        self._average = self._on_replicas(self.agreement.average_anchors)
+        self._moved = self._on_replicas(self.agreement.moved)
+        self._go_back = self._on_replicas(self.agreement.go_back)
         if isinstance(replica, OverlappedBoundary):
             self._send = self._on_replicas(replica.leave)
             self._settle_parts = self._on_replicas(replica.settle_parts)
@@ -183,7 +185,7 @@ class Ending:
         that a boundary leaves alone the same on all replicas."""
         if self.flight.under_way:
             self.land(flush=True)
-        if not self._settled and self.replica.settling:
+        if not self._settled and self.agreement.variables:
             with meeting(self._strategy, "a flush"):
                 self._settle()
         self._settled = True
@@ -273,7 +275,7 @@ class Ending:
         where they have told the workers differently."""
         if worker_of(self._strategy)[1] == 1:
             return
-        changed = [*self.replica.travelling, *self.replica.settling]
+        changed = [*self.replica.travelling, *self.agreement.variables]
         told = crc([np.array([*v.shape, tf.as_dtype(v.dtype).as_datatype_enum]) for v in changed])
         stepped = any(optimizer.updated for optimizer in self._optimizers)
         rows = [[told, stepped]] * len(replicas_of(self.replica.steps, self._strategy))

@@ -131,3 +131,9 @@ def take_from_first(strategy: tf.distribute.Strategy, variables: Sequence[Any]) 
 
     if strategy.num_replicas_in_sync > 1:
         tf.function(lambda: strategy.run(replica), autograph=False)()
+
+
+def share_of(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
+    """What one of so many has in a mean."""
+    exact = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
+    return tf.cast(tf.math.reciprocal(tf.maximum(tf.cast(replicas, exact), 1)), dtype)

@@ -12,7 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_blockmomentum.boundary.boundary import TOLD, Boundary, share_of
+from tf_blockmomentum.boundary.boundary import TOLD, Boundary
+from tf_blockmomentum.boundary.exchange import share_of
 from tf_blockmomentum.boundary.packing import pack
 
 
