@@ -10,11 +10,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_blockmomentum.algorithm import inner_product, square_norm, square_sum
+from tf_blockmomentum.algorithm import square_norm, square_sum
 from tf_blockmomentum.boundary.codes import BITS, fits, float16
 from tf_blockmomentum.boundary.exchange import share_of, sum_packs
 from tf_blockmomentum.boundary.feedback import Feedback, wide
 from tf_blockmomentum.boundary.header import Header
+from tf_blockmomentum.boundary.measuring import Measuring
 from tf_blockmomentum.boundary.nonfinite import make_finite
 from tf_blockmomentum.boundary.packing import pack, unpack
 from tf_blockmomentum.variables import MEAN, Rules
@@ -57,8 +58,7 @@ class Boundary:
         self._feedback: Feedback | None = None
         if compression in BITS:
             self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
-        self.measures = False  # for a report
-        self.bytes = 0  # that a replica gives to the all-reduce, once traced
+        self.measuring = Measuring(optimizers, strategy)
         with strategy.scope():
             # Steps this replica took in this block.
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
@@ -69,10 +69,6 @@ class Boundary:
             # With `overlap` and a schedule: K of the present block, and of the one in flight; 0
             # for what the schedule says now.
             self.periods = tf.Variable([0] * 2, dtype=tf.int64, trainable=False, name="periods")
-            # For a report: the drift, the norms of mean delta and velocity, and their cosine; when
-            # all was packed, and when the sums had arrived.
-            self._measured = tf.Variable([0.0] * 4, trainable=False, name="measured")
-            self._times = tf.Variable([0.0] * 2, False, dtype=tf.float64, name="times")
 
     def ready(self) -> None:
         """Makes what depends on the rules, once they are known."""
@@ -141,10 +137,9 @@ class Boundary:
 
     def boundary(self, told: tf.Tensor) -> tf.Tensor:
         """Ends this replica's block. Returns the status: the summed header, and the drift."""
-        packs, left = self._timed(self.leave(told))
-        sums, arrived = self._timed(self._sum(packs))
-        if self.measures:
-            self._times.assign([left, arrived])
+        packs, left = self.measuring.timed(self.leave(told))
+        sums, arrived = self.measuring.timed(self._sum(packs))
+        self.measuring.note_times(left, arrived)
         self.settle_parts(sums)
         sums, header = self._detach(self._decoded(sums))
         self._measure(sums, header)
@@ -153,6 +148,14 @@ class Boundary:
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
         self._heal()
         return tf.concat([header, [drift]], axis=0)
+
+    def _measure(self, sums: list[tf.Tensor], header: tf.Tensor) -> None:
+        self.measuring.measure(
+            lambda *args: self._by_optimizer(self._means(*args)[0]),
+            self.header.read,
+            sums,
+            header,
+        )
 
     def _come_back(self, sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
         """The outer step, and this replica to the anchor. Returns the drift."""
@@ -200,7 +203,7 @@ class Boundary:
             message, nothing = self._feedback.message, self._feedback.nothing
             codes = [tf.cond(finite, lambda: message(groups, scales), nothing)]
         square = tf.constant(0.0)
-        if self._optimizers[0].measures_drift or self.measures:
+        if self._optimizers[0].measures_drift or self.measuring.on:
             if self._optimizers[0].measures_drift:
                 measure = self._compiled(lambda *args: square_norm(self._coded(*args)[0]))
                 square = measure(steps, *codes)
@@ -359,7 +362,7 @@ class Boundary:
     def _sum(self, packs: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums what `leave` returned over the replicas, but for codes: their sum in codes, and
         what its owner keeps back of it."""
-        self.bytes = _bytes_of(packs)
+        self.measuring.count_bytes(packs)
         if self._feedback:
             return [*self._feedback.sum(packs[0]), *sum_packs(packs[1:])]
         return sum_packs(packs)
@@ -410,65 +413,7 @@ class Boundary:
         ]
         return means[:weights], means[weights:]
 
-    # -- for a report -------------------------------------------------------------------------
-
-    @property
-    def times(self) -> tuple[float, float]:
-        """Without overlap: when the last block was packed, and when its sums had arrived; seconds
-        of the day's clock, on this worker's first replica."""
-        packed, arrived = self._local(self._times).tolist()
-        return packed, arrived
-
-    @property
-    def measured(self) -> list[float]:
-        """Of the last block that was measured: the drift, the norms of the mean delta and of the
-        velocity before it, and their cosine."""
-        return self._local(self._measured).tolist()
-
-    def _local(self, variable: Any) -> Any:
-        return self._strategy.experimental_local_results(variable)[0].numpy()
-
-    def _timed(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], Any]:
-        """These, and when they were there; what is made of them comes later."""
-        if not self.measures:
-            return packs, None
-        with tf.control_dependencies(packs):
-            now = tf.timestamp()
-        with tf.control_dependencies([now]):
-            return list(map(tf.identity, packs)), now
-
-    def _measure(self, sums: list[tf.Tensor], header: tf.Tensor) -> None:
-        """Before the outer step, from what it gets. Not in one function with it, where XLA would
-        copy what the outer step overwrites, measured or not."""
-        if not self.measures:
-            return
-
-        def measure(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            d, numbers = self._means(sums, header)[0], self.header.read(header)
-            velocity, along = tf.constant(0.0), tf.constant(0.0)
-            for optimizer, its_d in self._by_optimizer(d):
-                its_velocity = optimizer.velocities()
-                if its_velocity:
-                    velocity += square_sum(its_velocity)
-                    along += inner_product(its_velocity, its_d)
-            mean = square_sum(d)
-            anchor = square_sum([a for o in self._optimizers for a in o.anchors])
-            spread = tf.maximum(numbers["square"] * share_of(numbers["active"]) - mean, 0)
-            drift = tf.math.divide_no_nan(spread, anchor)
-            cosine = tf.math.divide_no_nan(along, tf.sqrt(mean) * tf.sqrt(velocity))
-            roots = map(tf.sqrt, (drift, mean, velocity))
-            self._measured.assign(tf.stack([*roots, cosine]))
-
-        # Not by XLA: its sums of squares take many times as long as TensorFlow's on a CPU.
-        measure = tf.function(measure, autograph=False)
-        wanted = self.header.read(header)["measuring"] > 0
-        tf.cond(wanted, lambda: measure(sums, header), lambda: None)
-
 
 def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     """The number of the last pack of that dtype, or None."""
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
-
-
-def _bytes_of(packs: list[tf.Tensor]) -> int:
-    return sum(flat.shape.num_elements() * flat.dtype.size for flat in packs)

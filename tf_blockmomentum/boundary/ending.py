@@ -82,7 +82,7 @@ class Ending:
             return
         self._known = known
         replica = self.replica
-        replica.measures = measures
+        replica.measuring.on = measures
         replica.ready()
         self.boundary = self._on_replicas(replica.boundary)
         self._settle = self._on_replicas(self.agreement.settle)

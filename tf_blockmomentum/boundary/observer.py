@@ -39,5 +39,5 @@ class Observer:
 
         Args:
             numbers: the replicas', by name.
-            replica: the `Boundary`, of which `times` and `measured` are of this block.
+            replica: the `Boundary`, of which `measuring` is of this block.
         """

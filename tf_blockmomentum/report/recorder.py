@@ -195,7 +195,7 @@ class Recorder(Observer):
             blocked = sum(self._since.values())
             passes = blocked - self._since.get(WAIT, 0.0)
         measured = float(numbers["measuring"]) > 0
-        values = replica.measured if measured else [np.nan] * 4
+        values = replica.measuring.measured if measured else [np.nan] * 4
         replicas = len(numbers["steps"])
         if replicas == 1:
             values = [np.nan, *values[1:]]  # nobody to drift from
@@ -203,7 +203,7 @@ class Recorder(Observer):
             Block(
                 int(steps.max()), blocked, passes, waiting, transfer,
                 int(waits.argmin()) if known else None, waits, stepping,
-                2 * (replicas - 1) / replicas * replica.bytes,
+                2 * (replicas - 1) / replicas * replica.measuring.bytes,
                 values[0], values[1], values[2], values[3],
                 compiled, time.perf_counter(), self._compiling,
             )
@@ -214,7 +214,7 @@ class Recorder(Observer):
         """Seconds of a boundary in passes, and in the all-reduce."""
         begin, end = boundary
         offset = time.time() - time.perf_counter()  # TensorFlow's time stamps are of the day
-        left, arrived = np.clip(np.asarray(replica.times) - offset, begin, end)
+        left, arrived = np.clip(np.asarray(replica.measuring.times) - offset, begin, end)
         self._arrived = float(arrived)
         self._mark(self._number, self._arrived)
         if self._keeps_spans:
