@@ -141,7 +141,7 @@ class Boundary:
         sums, arrived = self.measuring.timed(self._sum(packs))
         self.measuring.note_times(left, arrived)
         self.settle_parts(sums)
-        sums, header = self._detach(self._decoded(sums))
+        sums, header = self.header.detach(self._decoded(sums))
         self._measure(sums, header)
         come_back = self._compiled(self._come_back)
         some = self.header.read(header)["active"] > 0
@@ -227,7 +227,7 @@ class Boundary:
         counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
         header = self._header(told, taking_part, steps, first, square)
-        return [*codes, *self._attach(packs, header)]
+        return [*codes, *self.header.attach(packs, header)]
 
     def _packs(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """What a replica sends but for the header and codes, should all be finite."""
@@ -251,7 +251,7 @@ class Boundary:
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
         sums = self._sum(packs)
-        return sums, tf.concat([self._detach(sums)[1], [0.0]], axis=0)
+        return sums, tf.concat([self.header.detach(sums)[1], [0.0]], axis=0)
 
     def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
@@ -338,7 +338,7 @@ class Boundary:
         """Once a sum of codes has arrived, and before the next is made: what its owner keeps back
         of it, unless nobody was in it, so that it does not land."""
         for part in self.parts:
-            some = self.header.read(self._detach(sums)[1])["active"] > 0
+            some = self.header.read(self.header.detach(sums)[1])["active"] > 0
             tf.cond(some, lambda part=part: part.assign(sums[1]), lambda part=part: part + 0)
 
     def _by_optimizer(self, tensors: list[tf.Tensor]) -> list[tuple[Any, list[tf.Tensor]]]:
@@ -381,20 +381,6 @@ class Boundary:
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         return self.header.write(replica, numbers)
 
-    def _attach(self, packs: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
-        """Appends the header to the last pack of its dtype, or as a pack of its own."""
-        i = _last_of(packs, header.dtype)
-        if i is None:
-            return [*packs, header]
-        return [*packs[:i], tf.concat([packs[i], header], axis=0), *packs[i + 1 :]]
-
-    def _detach(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """The reverse of `_attach`, of sums."""
-        i, size = _last_of(packs, tf.float32), self.header.size
-        assert i is not None
-        rest = [packs[i][:-size]] if packs[i].shape[0] > size else []
-        return [*packs[:i], *rest, *packs[i + 1 :]], packs[i][-size:]
-
     def _means(
         self, sums: list[tf.Tensor], header: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -412,8 +398,3 @@ class Boundary:
             for i, (s, v) in enumerate(zip(values, self.travelling, strict=True))
         ]
         return means[:weights], means[weights:]
-
-
-def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
-    """The number of the last pack of that dtype, or None."""
-    return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)

@@ -84,7 +84,7 @@ class OverlappedBoundary(Boundary):
 
     def _outer_step(self, sums: list[tf.Tensor]) -> tf.Tensor:
         """The outer step of a block that has arrived. Returns the drift."""
-        sums, header = self._detach(self._decoded(sums))
+        sums, header = self.header.detach(self._decoded(sums))
         self._measure(sums, header)
 
         def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
@@ -102,7 +102,7 @@ class OverlappedBoundary(Boundary):
         """`begun`: whether they have changed since they were sent."""
         if not self.statistics:
             return
-        sums, header = self._detach(sums)
+        sums, header = self.header.detach(sums)
 
         def land(sums: list[tf.Tensor], header: tf.Tensor, begun: tf.Tensor) -> None:
             some = self.header.read(header)["finite"] > 0
@@ -133,7 +133,7 @@ class OverlappedBoundary(Boundary):
         told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
         square = tf.convert_to_tensor(self._sent_square)
         header = self._header(told, taking_part > 0, steps, first, square)
-        return [*codes, *self._attach(pack(tensors), header)]
+        return [*codes, *self.header.attach(pack(tensors), header)]
 
 
 class Flight:

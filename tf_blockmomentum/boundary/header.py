@@ -59,6 +59,25 @@ class Header:
         found = {name: summed[i * n : (i + 1) * n] for i, name in enumerate(ROWS)}
         return found | {name: summed[len(ROWS) * n + i] for i, name in enumerate(SUMS)}
 
+    def attach(self, packs: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
+        """Appends the header to the last pack of its dtype, or as a pack of its own."""
+        i = _last_of(packs, header.dtype)
+        if i is None:
+            return [*packs, header]
+        return [*packs[:i], tf.concat([packs[i], header], axis=0), *packs[i + 1 :]]
+
+    def detach(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """The reverse of `attach`, of sums."""
+        i, size = _last_of(packs, tf.float32), self.size
+        assert i is not None
+        rest = [packs[i][:-size]] if packs[i].shape[0] > size else []
+        return [*packs[:i], *rest, *packs[i + 1 :]], packs[i][-size:]
+
+
+def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
+    """The number of the last pack of that dtype, or None."""
+    return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
+
 
 def checksum(values: list[np.ndarray]) -> int:
     """A number from 1 to `CHECKSUMS` for the bits of some arrays."""
