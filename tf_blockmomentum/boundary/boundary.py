@@ -11,9 +11,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum.algorithm import square_norm, square_sum
-from tf_blockmomentum.boundary.codes import BITS, fits, float16
+from tf_blockmomentum.boundary.codes import BITS, fits
 from tf_blockmomentum.boundary.exchange import share_of, sum_packs
-from tf_blockmomentum.boundary.feedback import Feedback, wide
+from tf_blockmomentum.boundary.feedback import Feedback, HalfFeedback, wide
 from tf_blockmomentum.boundary.header import Header
 from tf_blockmomentum.boundary.measuring import Measuring
 from tf_blockmomentum.boundary.nonfinite import make_finite
@@ -51,9 +51,10 @@ class Boundary:
         self._skip_nonfinite = skip_nonfinite
         self._overlap = optimizers[0].overlap
         self.header = Header(strategy.num_replicas_in_sync)
-        self._residuals: dict[int, tf.Variable] = {}  # what float16 has kept back so far
         compression = getattr(strategy, "compression", None)
-        self._float16 = compression == "float16"
+        self._float16 = (
+            HalfFeedback(strategy.num_replicas_in_sync) if compression == "float16" else None
+        )
         # What int8 and int4 have.
         self._feedback: Feedback | None = None
         if compression in BITS:
@@ -74,14 +75,9 @@ class Boundary:
         """Makes what depends on the rules, once they are known."""
         with self._strategy.scope():
             self._rules.follow()
-            if self._feedback:
-                self._feedback.ready(self.trained)
-            elif self._float16:
-                for v in self.trained:
-                    if id(v) not in self._residuals:
-                        zeros = tf.zeros(v.shape, wide(v.dtype))
-                        residual = tf.Variable(zeros, trainable=False, name="residual")
-                        self._residuals[id(v)] = residual
+            kept_back = self._feedback or self._float16
+            if kept_back:
+                kept_back.ready(self.trained)
 
     @property
     def variables(self) -> list[Any]:
@@ -92,8 +88,8 @@ class Boundary:
     def of_this_block(self) -> list[Any]:
         """The part of its state that is about the present block of this replica."""
         sent = [self._sent_counts, self._sent_square, self.periods]
-        kept = self._feedback.of_this_block if self._feedback else self._residuals.values()
-        return [self.steps, *sent, *kept]
+        kept_back = self._feedback or self._float16
+        return [self.steps, *sent, *(kept_back.of_this_block if kept_back else [])]
 
     @property
     def parts(self) -> list[Any]:
@@ -108,7 +104,7 @@ class Boundary:
     @property
     def limited(self) -> bool:
         """Whether a delta may be too large for what it travels as."""
-        return self._float16
+        return self._float16 is not None
 
     @property
     def travelling(self) -> list[Any]:
@@ -256,11 +252,10 @@ class Boundary:
     def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
         deltas = [x for optimizer in self._optimizers for x in optimizer.deltas()]
-        kept = [self._residuals[id(v)] for v in self.trained] if self._float16 else []
-        if self._feedback:
-            kept = self._feedback.residuals
-        if kept:
-            deltas = [tf.cast(x, r.dtype) + r for x, r in zip(deltas, kept, strict=True)]
+        kept_back = self._feedback or self._float16
+        if kept_back:
+            pairs = zip(deltas, kept_back.residuals, strict=True)
+            deltas = [tf.cast(x, r.dtype) + r for x, r in pairs]
         return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
 
     def _keep(self, steps: tf.Tensor) -> None:
@@ -285,8 +280,7 @@ class Boundary:
         if codes:
             return self.layout.values(codes[0]), []
         wanted = self._kept(steps)
-        replicas = self._strategy.num_replicas_in_sync
-        return float16(wanted, replicas) if self._float16 else (wanted, [])
+        return self._float16.split(wanted) if self._float16 else (wanted, [])
 
     def _outgoing(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """What a replica sends but for the header, should all be finite."""
@@ -306,9 +300,8 @@ class Boundary:
 
     def _settle_residuals(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
         """What has been sent is kept back no longer."""
-        for v, rest in zip(self.trained, self._coded(steps)[1], strict=True):
-            residual = self._residuals[id(v)]
-            residual.assign(tf.where(taking_part, rest, residual))
+        assert self._float16
+        self._float16.keep_back(self._coded(steps)[1], taking_part)
 
     def _settle_sent(self, steps: tf.Tensor, taking_part: tf.Tensor, *codes: tf.Tensor) -> None:
         """With `overlap`: what has been sent is what is in flight."""

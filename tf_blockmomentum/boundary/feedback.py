@@ -1,4 +1,4 @@
-"""Sums of codes over the replicas, and what they keep back for the next block."""
+"""What travels as codes: what is kept back of it for the next block, and sums of it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +9,43 @@ from tf_blockmomentum.boundary import codes
 from tf_blockmomentum.boundary.exchange import exchange_parts, join_parts
 
 _AT_ONCE = 8  # replicas whose codes are added up in one expression
+
+
+class HalfFeedback:
+    """Error feedback of float16: what rounding takes from a replica's deltas is in its residuals,
+    and is wanted with the next block.
+
+    Args:
+        replicas: how many add up what they send.
+    """
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
+        self._residuals: dict[int, tf.Variable] = {}
+        self.residuals: list[tf.Variable] = []
+
+    def ready(self, trained: Sequence[Any]) -> None:
+        """Makes the variables, in the strategy's scope, that are not made yet."""
+        for v in trained:
+            if id(v) not in self._residuals:
+                zeros = tf.zeros(v.shape, wide(v.dtype))
+                residual = tf.Variable(zeros, trainable=False, name="residual")
+                self._residuals[id(v)] = residual
+        self.residuals = [self._residuals[id(v)] for v in trained]
+
+    @property
+    def of_this_block(self) -> list[Any]:
+        """All its variables."""
+        return list(self._residuals.values())
+
+    def split(self, wanted: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """What travels, and what it lacks."""
+        return codes.float16(wanted, self._replicas)
+
+    def keep_back(self, rests: list[tf.Tensor], taking_part: tf.Tensor) -> None:
+        """What has been sent is kept back no longer; what it lacks is."""
+        for residual, rest in zip(self.residuals, rests, strict=True):
+            residual.assign(tf.where(taking_part, rest, residual))
 
 
 class Feedback:
