@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_blockmomentum as tfbm
-from tf_blockmomentum.boundary.boundary import TOLD
+from tf_blockmomentum.boundary.header import TOLD
 
 STEPS = 10
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]

@@ -5,131 +5,18 @@ function from the function's inputs alone, so what two outputs share is computed
 are read, twice: hence several small compiled functions.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import tensorflow as tf
 
-from tf_blockmomentum.algorithm import square_norm, square_sum
-from tf_blockmomentum.boundary.codes import BITS, fits
 from tf_blockmomentum.boundary.exchange import share_of, sum_packs
-from tf_blockmomentum.boundary.feedback import Feedback, HalfFeedback, wide
-from tf_blockmomentum.boundary.header import Header
-from tf_blockmomentum.boundary.measuring import Measuring
 from tf_blockmomentum.boundary.nonfinite import make_finite
-from tf_blockmomentum.boundary.packing import pack, unpack
-from tf_blockmomentum.variables import MEAN, Rules
-
-_LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
-# What the host tells its replicas at a boundary: a vector, in this order.
-TOLD = ("ended", "stopping", "leaving", "set", "anchor", "busy", "stepping", "measuring")
+from tf_blockmomentum.boundary.packing import unpack
+from tf_blockmomentum.boundary.sending import Sending
 
 
-class Boundary:
-    """What a replica does at a boundary.
+class Boundary(Sending):
+    """What a replica does at a boundary. Made as `Sending` is."""
 
-    Args:
-        optimizers: the BlockMomentum optimizers, whose blocks end together.
-        strategy: of which the replicas are.
-        rules: what becomes of the variables that are none of the optimizers'.
-        jit: whether XLA compiles what does not communicate, however small.
-        skip_nonfinite: whether a replica that is not finite goes on from the anchor.
-    """
-
-    def __init__(
-        self,
-        optimizers: list[Any],
-        strategy: tf.distribute.Strategy,
-        rules: Rules,
-        jit: bool,
-        skip_nonfinite: bool,
-    ) -> None:
-        self._optimizers = optimizers
-        self._strategy = strategy
-        self._rules = rules
-        self._jit = jit
-        self._skip_nonfinite = skip_nonfinite
-        self._overlap = optimizers[0].overlap
-        self.header = Header(strategy.num_replicas_in_sync)
-        compression = getattr(strategy, "compression", None)
-        self._float16 = (
-            HalfFeedback(strategy.num_replicas_in_sync) if compression == "float16" else None
-        )
-        # What int8 and int4 have.
-        self._feedback: Feedback | None = None
-        if compression in BITS:
-            self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
-        self.measuring = Measuring(optimizers, strategy)
-        with strategy.scope():
-            # Steps this replica took in this block.
-            self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="block_steps")
-            # Of the block whose deltas were sent last: whether they are in the mean, whether to
-            # stop, steps, and the number of the first tensor not finite.
-            self._sent_counts = tf.Variable([0] * 4, dtype=tf.int64, trainable=False, name="sent")
-            self._sent_square = tf.Variable(0.0, trainable=False, name="sent_square")
-            # With `overlap` and a schedule: K of the present block, and of the one in flight; 0
-            # for what the schedule says now.
-            self.periods = tf.Variable([0] * 2, dtype=tf.int64, trainable=False, name="periods")
-
-    def ready(self) -> None:
-        """Makes what depends on the rules, once they are known."""
-        with self._strategy.scope():
-            self._rules.follow()
-            kept_back = self._feedback or self._float16
-            if kept_back:
-                kept_back.ready(self.trained)
-
-    @property
-    def variables(self) -> list[Any]:
-        """Its state."""
-        return [*self.of_this_block, *self.parts, *self._rules.starts, *self._rules.changed]
-
-    @property
-    def of_this_block(self) -> list[Any]:
-        """The part of its state that is about the present block of this replica."""
-        sent = [self._sent_counts, self._sent_square, self.periods]
-        kept_back = self._feedback or self._float16
-        return [self.steps, *sent, *(kept_back.of_this_block if kept_back else [])]
-
-    @property
-    def parts(self) -> list[Any]:
-        """The part of its state that has another shape with another number of replicas."""
-        return [self._feedback.part] if self._feedback else []
-
-    @property
-    def layout(self) -> Any:
-        """How they are laid out."""
-        return self._feedback.layout if self._feedback else None
-
-    @property
-    def limited(self) -> bool:
-        """Whether a delta may be too large for what it travels as."""
-        return self._float16 is not None
-
-    @property
-    def travelling(self) -> list[Any]:
-        """The variables that a boundary averages, in the order of `_outgoing`."""
-        return [*self.trained, *self.statistics]
-
-    @property
-    def trained(self) -> list[Any]:
-        """The variables with block momentum."""
-        return [v for optimizer in self._optimizers for v in optimizer.trained_variables]
-
-    @property
-    def statistics(self) -> list[Any]:
-        """What is averaged at a boundary besides the weights."""
-        slots = [v for optimizer in self._optimizers for v in optimizer.averaged_state]
-        return [*self._rules.of(MEAN), *slots]
-
-    def _compiled(self, replica_fn: Callable) -> Callable:
-        """A function of the boundary that does not communicate. For large models XLA compiles
-        it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
-        weights = sum(v.shape.num_elements() for v in self.trained)
-        jit = self._jit or weights >= _LARGE
-        return tf.function(replica_fn, jit_compile=jit, autograph=False)
-
-    # -- without overlap ----------------------------------------------------------------------
+    # -- the order of things, without overlap -------------------------------------------------
 
     def boundary(self, told: tf.Tensor) -> tf.Tensor:
         """Ends this replica's block. Returns the status: the summed header, and the drift."""
@@ -175,150 +62,10 @@ class Boundary:
 
             tf.cond(self._sent_counts[3] > 0, heal, lambda: None)
 
-    # -- what is sent -------------------------------------------------------------------------
-
-    def leave(self, told: tf.Tensor) -> list[tf.Tensor]:
-        """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
-        as zeros if it is left out; then the header."""
-        steps = tf.convert_to_tensor(self.steps)
-        self.steps.assign(tf.zeros_like(self.steps))
-        if self._overlap:
-            self._compiled(self._keep)(steps)
-        packs, codes, scales = self._packs(steps), [], None
-        tested = packs
-        if self._feedback:
-            groups = self._groups(steps)
-            scales = self._feedback.scales_of(groups)
-            tested = [*packs, scales]
-        finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in tested)])
-        first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
-        taking_part = tf.logical_and(steps > 0, finite)
-        # Not by multiplying: a replica that is left out may hold anything.
-        packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
-        if self._feedback:
-            message, nothing = self._feedback.message, self._feedback.nothing
-            codes = [tf.cond(finite, lambda: message(groups, scales), nothing)]
-        square = tf.constant(0.0)
-        if self._optimizers[0].measures_drift or self.measuring.on:
-            if self._optimizers[0].measures_drift:
-                measure = self._compiled(lambda *args: square_norm(self._coded(*args)[0]))
-                square = measure(steps, *codes)
-            else:
-                wanted = told[TOLD.index("measuring")] > 0
-                measure = tf.function(lambda *a: square_sum(self._coded(*a)[0]), autograph=False)
-                square = tf.cond(wanted, lambda: measure(steps, *codes), lambda: 0.0)
-            square = tf.where(taking_part, square, 0.0)
-            self._sent_square.assign(square)
-        if self._feedback:
-            keep_back = self._feedback.keep_back
-            tf.cond(taking_part, lambda: keep_back(groups, scales), lambda: None)
-            if self._feedback.scales is not None:
-                self._feedback.scales.assign(tf.where(finite, scales, 0.0))
-        elif self._float16:  # not one function with the next: XLA would copy before it overwrites
-            self._compiled(self._settle_residuals)(steps, taking_part)
-        if self._overlap:
-            as_it_was = tf.logical_and(finite, not (self._float16 or self._feedback))
-            settle = self._compiled(self._settle_sent)
-            tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part, *codes))
-        counts = (taking_part, told[TOLD.index("stopping")], steps, first)
-        self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
-        header = self._header(told, taking_part, steps, first, square)
-        return [*codes, *self.header.attach(packs, header)]
-
-    def _packs(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        """What a replica sends but for the header and codes, should all be finite."""
-
-        def packed(steps: tf.Tensor) -> list[tf.Tensor]:
-            outgoing = self._outgoing(steps)
-            return pack(outgoing[len(self.trained) :] if self._feedback else outgoing)
-
-        # With overlap and without XLA they are parts of the variables with the deltas, no copies.
-        copies = not self._overlap or self._float16
-        return (self._compiled(packed) if copies else packed)(steps)
-
-    def _groups(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        """What is to be sent as codes, in blocks."""
-
-        def groups(steps: tf.Tensor) -> list[tf.Tensor]:
-            return self.layout.join(self._kept(steps))
-
-        return (groups if self._overlap else self._compiled(groups))(steps)
-
     def transport(self, packs: list[tf.Tensor]) -> tuple[list[tf.Tensor], tf.Tensor]:
         """The all-reduce. Returns the sums and, for the host, the status."""
         sums = self._sum(packs)
         return sums, tf.concat([self.header.detach(sums)[1], [0.0]], axis=0)
-
-    def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        """This replica's deltas and what has been kept back of them; 0 if it took no step."""
-        deltas = [x for optimizer in self._optimizers for x in optimizer.deltas()]
-        kept_back = self._feedback or self._float16
-        if kept_back:
-            pairs = zip(deltas, kept_back.residuals, strict=True)
-            deltas = [tf.cast(x, r.dtype) + r for x, r in pairs]
-        return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
-
-    def _keep(self, steps: tf.Tensor) -> None:
-        """With `overlap`: the deltas are in variables from now on."""
-        for optimizer, deltas in self._by_optimizer(self._wanted(steps)):
-            optimizer.keep_deltas(deltas)
-
-    def _kept(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        """As `_wanted`, from variables if it is there."""
-        if self._overlap:
-            sent = [x for optimizer in self._optimizers for x in optimizer.sent]
-            sent = list(map(tf.convert_to_tensor, sent))
-            if not (self._float16 or self._feedback):
-                return sent
-            return [tf.cast(x, wide(x.dtype)) for x in sent]
-        return self._wanted(steps)
-
-    def _coded(
-        self, steps: tf.Tensor, *codes: tf.Tensor
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """What this replica sends as deltas, and what float16 would keep back."""
-        if codes:
-            return self.layout.values(codes[0]), []
-        wanted = self._kept(steps)
-        return self._float16.split(wanted) if self._float16 else (wanted, [])
-
-    def _outgoing(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        """What a replica sends but for the header, should all be finite."""
-        statistics = list(map(tf.convert_to_tensor, self.statistics))
-        if not self._overlap:  # with it they are averaged later, if at all
-            statistics = [tf.where(steps > 0, t, tf.zeros_like(t)) for t in statistics]
-        return [*self._coded(steps)[0], *statistics]
-
-    def _first_not_finite(self, steps: tf.Tensor) -> tf.Tensor:
-        """The number, from 1, of the first tensor that is not."""
-        outgoing = self._outgoing(steps)
-        finite = [tf.reduce_all(tf.math.is_finite(t)) for t in outgoing]
-        if self._feedback:
-            weights = len(self.trained)
-            finite[:weights] = map(fits, outgoing[:weights])
-        return tf.argmin(tf.cast(tf.stack([True, *finite]), tf.int32), output_type=tf.int32)
-
-    def _settle_residuals(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
-        """What has been sent is kept back no longer."""
-        assert self._float16
-        self._float16.keep_back(self._coded(steps)[1], taking_part)
-
-    def _settle_sent(self, steps: tf.Tensor, taking_part: tf.Tensor, *codes: tf.Tensor) -> None:
-        """With `overlap`: what has been sent is what is in flight."""
-        for optimizer, values in self._by_optimizer(self._coded(steps, *codes)[0]):
-            for x, value in zip(optimizer.sent, values, strict=True):
-                value = tf.cast(value, x.dtype)
-                if not codes:  # which are zeros then
-                    value = tf.where(taking_part, value, tf.zeros_like(x))
-                x.assign(value)
-
-    def _sent_again(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """With `overlap`: the message of codes, or the deltas, that are in flight."""
-        sent = [x for optimizer in self._optimizers for x in optimizer.sent]
-        if not self._feedback:
-            return [], sent
-        scales = tf.convert_to_tensor(self._feedback.scales)
-        return [self._feedback.message(self.layout.join(sent), scales)], []
 
     def _decoded(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
         """What `_sum` returned, with the sums in place of their codes; they may be already. Not
@@ -333,11 +80,6 @@ class Boundary:
         for part in self.parts:
             some = self.header.read(self.header.detach(sums)[1])["active"] > 0
             tf.cond(some, lambda part=part: part.assign(sums[1]), lambda part=part: part + 0)
-
-    def _by_optimizer(self, tensors: list[tf.Tensor]) -> list[tuple[Any, list[tf.Tensor]]]:
-        """Each optimizer with its part of a list with one for each trained variable."""
-        rest = iter(tensors)
-        return [(o, [next(rest) for _ in o.trained_variables]) for o in self._optimizers]
 
     # -- on the wire --------------------------------------------------------------------------
 
@@ -359,20 +101,6 @@ class Boundary:
         if self._feedback:
             return [*self._feedback.sum(packs[0]), *sum_packs(packs[1:])]
         return sum_packs(packs)
-
-    def _header(
-        self, told: tf.Tensor, taking_part: Any, steps: Any, first: Any, square: Any
-    ) -> Any:
-        numbers = dict(zip(TOLD, tf.unstack(told), strict=True))
-        numbers |= {
-            "active": taking_part,
-            "steps": tf.where(taking_part, steps, 0),
-            "nonfinite": first,
-            "finite": first == 0,
-            "square": square,
-        }
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        return self.header.write(replica, numbers)
 
     def _means(
         self, sums: list[tf.Tensor], header: tf.Tensor

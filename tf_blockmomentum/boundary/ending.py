@@ -11,10 +11,10 @@ import tensorflow as tf
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.agreement import Agreement
-from tf_blockmomentum.boundary.boundary import TOLD, Boundary
+from tf_blockmomentum.boundary.boundary import Boundary
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
-from tf_blockmomentum.boundary.header import checksum, crc
+from tf_blockmomentum.boundary.header import TOLD, checksum, crc
 from tf_blockmomentum.boundary.nonfinite import describe
 from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.landing import landing_step

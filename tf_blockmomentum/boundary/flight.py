@@ -12,8 +12,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_blockmomentum.boundary.boundary import TOLD, Boundary
+from tf_blockmomentum.boundary.boundary import Boundary
 from tf_blockmomentum.boundary.exchange import share_of
+from tf_blockmomentum.boundary.header import TOLD
 from tf_blockmomentum.boundary.packing import pack
 
 

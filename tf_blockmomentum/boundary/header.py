@@ -27,6 +27,8 @@ SUMS = (
     "square",  # of the deltas' square norms
     "measuring",  # that measure for a report
 )
+# What the host tells its replicas at a boundary: a vector, in this order.
+TOLD = ("ended", "stopping", "leaving", "set", "anchor", "busy", "stepping", "measuring")
 CHECKSUMS = 1 << 20  # float32 counts them exactly
 
 
