@@ -14,9 +14,10 @@ from tf_blockmomentum.boundary.agreement import Agreement
 from tf_blockmomentum.boundary.boundary import Boundary
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
-from tf_blockmomentum.boundary.header import TOLD, checksum, crc
+from tf_blockmomentum.boundary.header import TOLD, checksum
 from tf_blockmomentum.boundary.nonfinite import describe
 from tf_blockmomentum.boundary.observer import Observer
+from tf_blockmomentum.boundary.together import check_anchors, check_steps_alike
 from tf_blockmomentum.landing import landing_step
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
 from tf_blockmomentum.variables import Rules
@@ -119,6 +120,10 @@ class Ending:
     def _first(self, values: Any) -> np.ndarray:
         return self._strategy.experimental_local_results(values)[0].numpy()
 
+    @property
+    def _local_replicas(self) -> int:
+        return len(replicas_of(self.replica.steps, self._strategy))
+
     # -- the order of things ------------------------------------------------------------------
 
     @property
@@ -156,7 +161,9 @@ class Ending:
             told = self._told(ended, stopping, leaving)
             self._settled = False
             if tf.config.functions_run_eagerly():
-                self._check_steps_alike()
+                changed = [*self.replica.travelling, *self.agreement.variables]
+                stepped = any(optimizer.updated for optimizer in self._optimizers)
+                check_steps_alike(changed, stepped, self._local_replicas, self._strategy)
             if self._optimizers[0].overlap:
                 warming_up = self._optimizers[0].warming_up
                 self.send_block(told)
@@ -226,7 +233,7 @@ class Ending:
         self.stopping = self.stopping or numbers["stopping"] + numbers["leaving"] > 0
         self.leaving = self.leaving or bool(numbers["leaving"] > 0)
         self._uneven |= len(set(steps.tolist())) > 1
-        self._check_together(numbers)
+        self._differing |= check_anchors(numbers, self._strategy)
         if any(numbers["nonfinite"]):
             self._handle_nonfinite(np.rint(numbers["nonfinite"]).astype(int).tolist())
 
@@ -240,57 +247,6 @@ class Ending:
             if self._differing:
                 self._average()
         self._uneven = self._differing = False
-
-    def _check_together(self, numbers: dict[str, np.ndarray]) -> None:
-        """Raises RuntimeError if the workers train different models."""
-        was_set, anchors = numbers["set"] > 0, np.rint(numbers["anchor"]).astype(int)
-        if was_set.any() and not was_set.all():
-            raise RuntimeError(
-                "Weights were set in the middle of training on some workers only: on "
-                f"{self._workers(was_set)}, not on {self._workers(~was_set)}. A callback that "
-                "sets weights has to run on all workers (not in ChiefOnly), or before fit, which "
-                "takes the chief's weights."
-            )
-        told = anchors > 0
-        if len(set(anchors[told].tolist())) > 1:
-            if was_set.all():
-                self._differing = True
-                return
-            first = anchors[told][0]
-            raise RuntimeError(
-                "The workers have come apart: they should all have the same anchor, and "
-                f"{self._workers(told & (anchors != first))} has another one than "
-                f"{self._workers(told & (anchors == first))}. Is something in the script "
-                "(a setting of the optimizer, an assignment to anchors, other software) done on "
-                "some workers only? A fit started now takes the chief's weights."
-            )
-
-    def _workers(self, which: np.ndarray) -> str:
-        each = len(which) // worker_of(self._strategy)[1]
-        found = sorted({int(replica) // max(each, 1) for replica in np.flatnonzero(which)})
-        return ("worker " if len(found) == 1 else "workers ") + ", ".join(map(str, found))
-
-    def _check_steps_alike(self) -> None:
-        """Where steps run eagerly, only those taken tell what a step changes. Raises RuntimeError
-        where they have told the workers differently."""
-        if worker_of(self._strategy)[1] == 1:
-            return
-        changed = [*self.replica.travelling, *self.agreement.variables]
-        told = crc([np.array([*v.shape, tf.as_dtype(v.dtype).as_datatype_enum]) for v in changed])
-        stepped = any(optimizer.updated for optimizer in self._optimizers)
-        rows = [[told, stepped]] * len(replicas_of(self.replica.steps, self._strategy))
-        with meeting(self._strategy, "the end of a block"):
-            found = gather(self._strategy, rows)
-        others = found[:, 0] != found[0, 0]
-        if others.any():
-            without = found[:, 1] == 0
-            received = f"{self._workers(without)} has had no batch" if without.any() else "batches"
-            raise RuntimeError(
-                "With run_eagerly=True only the steps that a worker has taken tell which "
-                f"variables a step changes, and on {self._workers(others)} they changed others "
-                f"than on {self._workers(~others)}. Received: {received}. Give every worker a "
-                "batch in the first block, or compile with run_eagerly=False."
-            )
 
     def forget_assignments(self) -> None:
         """Those of our own to the weights, which are not the user's."""
@@ -418,6 +374,6 @@ class Ending:
         """The largest of the numbers that the workers give; all ask alike."""
         if worker_of(self._strategy)[1] == 1:
             return number
-        rows = [[number]] * len(replicas_of(self.replica.steps, self._strategy))
+        rows = [[number]] * self._local_replicas
         with meeting(self._strategy, "the end of an epoch"):
             return int(gather(self._strategy, rows).max())
