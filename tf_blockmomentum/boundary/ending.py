@@ -1,8 +1,7 @@
 """The end of a block as the host sees it: what is called, what is in flight, what was told."""
 
 import functools
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from tf_blockmomentum.boundary.boundary import Boundary
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.flight import Flight, OverlappedBoundary
 from tf_blockmomentum.boundary.header import TOLD, checksum
-from tf_blockmomentum.boundary.nonfinite import describe
-from tf_blockmomentum.boundary.observer import Observer
+from tf_blockmomentum.boundary.nonfinite import complain, describe
+from tf_blockmomentum.boundary.observer import Observer, called_by_host
 from tf_blockmomentum.boundary.together import check_anchors, check_steps_alike
 from tf_blockmomentum.landing import landing_step
 from tf_blockmomentum.strategy import meeting, replicas_of, worker_of
@@ -82,40 +81,25 @@ class Ending:
         if known == self._known:
             return
         self._known = known
-        replica = self.replica
+        replica, agreement = self.replica, self.agreement
+        on_replicas = functools.partial(called_by_host, self._strategy, lambda: self.observer)
         replica.measuring.on = measures
         replica.ready()
-        self.boundary = self._on_replicas(replica.boundary)
-        self._settle = self._on_replicas(self.agreement.settle)
-        self._align = self._on_replicas(self.agreement.align)
-        self._average = self._on_replicas(self.agreement.average_anchors)
-        self._moved = self._on_replicas(self.agreement.moved)
-        self._go_back = self._on_replicas(self.agreement.go_back)
+        self.boundary = on_replicas(replica.boundary)
+        self._settle = on_replicas(agreement.settle)
+        self._align = on_replicas(agreement.align)
+        self._average = on_replicas(agreement.average_anchors)
+        self._moved = on_replicas(agreement.moved)
+        self._go_back = on_replicas(agreement.go_back)
         if isinstance(replica, OverlappedBoundary):
-            self._send = self._on_replicas(replica.leave)
-            self._settle_parts = self._on_replicas(replica.settle_parts)
-            self._transport = self._on_replicas(replica.transport)
-            self._begin = self._on_replicas(replica.begin)
-            self._land = self._on_replicas(replica.land)
-            self._land_within = self._on_replicas(replica.land_within)
-            self._land_statistics = self._on_replicas(replica.land_statistics)
-            self._send_again = self._on_replicas(replica.send_again)
-
-    def _on_replicas(self, replica_fn: Callable) -> Callable:
-        @functools.wraps(replica_fn)
-        def on_replicas(*args: Any) -> Any:
-            return self._strategy.run(replica_fn, args=args)
-
-        function = tf.function(on_replicas, autograph=False)
-        traces = function.experimental_get_tracing_count
-
-        def observed(*args: Any) -> Any:
-            with self.observer.span(replica_fn.__name__, traces):
-                return function(*args)
-
-        observed.experimental_get_tracing_count = traces  # type: ignore[attr-defined]
-        observed.get_concrete_function = function.get_concrete_function  # type: ignore[attr-defined]
-        return observed
+            self._send = on_replicas(replica.leave)
+            self._settle_parts = on_replicas(replica.settle_parts)
+            self._transport = on_replicas(replica.transport)
+            self._begin = on_replicas(replica.begin)
+            self._land = on_replicas(replica.land)
+            self._land_within = on_replicas(replica.land_within)
+            self._land_statistics = on_replicas(replica.land_statistics)
+            self._send_again = on_replicas(replica.send_again)
 
     def _first(self, values: Any) -> np.ndarray:
         return self._strategy.experimental_local_results(values)[0].numpy()
@@ -237,6 +221,15 @@ class Ending:
         if any(numbers["nonfinite"]):
             self._handle_nonfinite(np.rint(numbers["nonfinite"]).astype(int).tolist())
 
+    def _handle_nonfinite(self, firsts: list[int]) -> None:
+        if self.on_nonfinite == "stop":
+            self.stopping = True
+            return
+        variables, blocks = self.replica.travelling, self._optimizers[0].blocks
+        text = describe(firsts, variables, blocks, self.replica.limited)
+        complain(text, firsts, self.on_nonfinite)
+        self.skipped += sum(first > 0 for first in firsts)
+
     def _put_right(self) -> None:
         """What a boundary has shown, to all alike, to differ between the replicas."""
         if not (self._uneven or self._differing):
@@ -338,35 +331,6 @@ class Ending:
         these = {id(v) for v in variables}
         trained = [v for o in self._optimizers for v in o.trained_variables]
         self._go_back([tf.constant(id(v) in these) for v in trained])
-
-    # -- what is not finite --------------------------------------------------------------------
-
-    def _handle_nonfinite(self, firsts: list[int]) -> None:
-        """`firsts`: for each replica 0, or the number of its first tensor not finite."""
-        text = describe(
-            firsts,
-            self.replica.travelling,
-            self._optimizers[0].blocks,
-            self.replica.limited,
-        )
-        if self.on_nonfinite == "stop":
-            self.stopping = True
-            return
-        if self.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f'{text}. Received: on_nonfinite="raise". The anchor is finite, made without that '
-                "replica. Lower the inner learning rate, clip gradients (clipnorm on the inner "
-                "optimizer) or look for bad examples in its data; or leave such replicas out of "
-                'the block with on_nonfinite="skip".'
-            )
-        if all(firsts):
-            raise FloatingPointError(
-                f'{text}. Received: on_nonfinite="skip", and no replica is left for the mean. '
-                "Lower the inner learning rate, or clip gradients (clipnorm on the inner "
-                "optimizer)."
-            )
-        self.skipped += sum(first > 0 for first in firsts)
-        warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=2)
 
     # -- agreeing ------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """A replica that is not finite."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,3 +29,27 @@ def describe(firsts: Sequence[int], variables: Sequence[Any], blocks: int, limit
     )
     bad_is = "NaN or infinity" + (", or too large for float16" if limited else "")
     return f"A delta is not finite ({bad_is}) in block {blocks}: {what}"
+
+
+def complain(text: str, firsts: Sequence[int], on_nonfinite: str) -> None:
+    """Warns that replicas were left out of a block, or raises FloatingPointError.
+
+    Args:
+        text: as from `describe`.
+        firsts: for each replica 0, or the number of its first tensor not finite.
+        on_nonfinite: "raise" or "skip".
+    """
+    if on_nonfinite == "raise":
+        raise FloatingPointError(
+            f'{text}. Received: on_nonfinite="raise". The anchor is finite, made without that '
+            "replica. Lower the inner learning rate, clip gradients (clipnorm on the inner "
+            "optimizer) or look for bad examples in its data; or leave such replicas out of "
+            'the block with on_nonfinite="skip".'
+        )
+    if all(firsts):
+        raise FloatingPointError(
+            f'{text}. Received: on_nonfinite="skip", and no replica is left for the mean. '
+            "Lower the inner learning rate, or clip gradients (clipnorm on the inner "
+            "optimizer)."
+        )
+    warnings.warn(f"{text}. Left out of this block; it goes on from the anchor.", stacklevel=3)

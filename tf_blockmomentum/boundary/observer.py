@@ -1,8 +1,11 @@
 """What a loop tells somebody who wants to know what its time goes to."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
+
+import tensorflow as tf
 
 
 class Observer:
@@ -41,3 +44,25 @@ class Observer:
             numbers: the replicas', by name.
             replica: the `Boundary`, of which `measuring` is of this block.
         """
+
+
+def called_by_host(
+    strategy: tf.distribute.Strategy, observer: Callable[[], Observer], replica_fn: Callable
+) -> Callable:
+    """A function that runs another in all replicas of this process, compiled, and tells whoever
+    observes by then."""
+
+    @functools.wraps(replica_fn)
+    def on_replicas(*args: Any) -> Any:
+        return strategy.run(replica_fn, args=args)
+
+    function = tf.function(on_replicas, autograph=False)
+    traces = function.experimental_get_tracing_count
+
+    def observed(*args: Any) -> Any:
+        with observer().span(replica_fn.__name__, traces):
+            return function(*args)
+
+    observed.experimental_get_tracing_count = traces  # type: ignore[attr-defined]
+    observed.get_concrete_function = function.get_concrete_function  # type: ignore[attr-defined]
+    return observed
