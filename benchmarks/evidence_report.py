@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
-from tf_blockmomentum.tuner_report import published_rules
+from tf_blockmomentum.published import published_rules
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -20,7 +20,7 @@ from helpers import crossentropy, dataset, examples
 
 import tf_blockmomentum as tfbm
 from tf_blockmomentum.cost import CostModel, parse_bandwidth
-from tf_blockmomentum.tuner_workers import Workers
+from tf_blockmomentum.tuner.workers import Workers
 
 pytestmark = [
     # KerasTuner 1.4.8 itself, tensorboard (which it imports), and Keras under a dataset.
@@ -495,7 +495,7 @@ def test_table_and_heat_map(tmp_path):
 
 
 def test_the_published_rules():
-    from tf_blockmomentum.tuner_report import published_rules
+    from tf_blockmomentum.published import published_rules
 
     assert published_rules(8) == {"BMUF, 1 - 1/P": 0.875, "SlowMo's table": 0.5}
     assert published_rules(2) == {"BMUF, 1 - 1/P": 0.5, "SlowMo's table (for P=4)": 0.2}
@@ -509,10 +509,10 @@ def test_the_published_rules():
     ],
 )
 def test_bad_commands(arguments, text, capsys):
-    from tf_blockmomentum import tuner
+    from tf_blockmomentum.tuner.__main__ import main
 
     with pytest.raises(SystemExit):
-        tuner.main(arguments)
+        main(arguments)
     assert re.search(text, " ".join(capsys.readouterr().err.split()))
 
 

@@ -7,21 +7,11 @@ import tempfile
 import traceback
 
 import keras
+import keras_tuner as kt
 import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras_tuner as private
-
-try:
-    import keras_tuner as kt
-except ImportError as error:
-    raise ImportError(
-        f"tfbm.tuner needs KerasTuner, which cannot be imported here ({error}). "
-        "Run: pip install tf-blockmomentum[tuner]"
-    ) from error
-
-K, BETA, INNER = "sync_period", "block_momentum", "inner_learning_rate"  # hyperparameters
-MEASURED, PREDICTED = "measured_seconds", "predicted_seconds"  # metrics
 
 
 class Workers:
@@ -119,7 +109,7 @@ def _count(resolver):
 
 
 class InStep(keras.callbacks.Callback):
-    """Runs a trial's callbacks on one of several workers: see tuner_trial.TrialTraining."""
+    """Runs a trial's callbacks on one of several workers: see `trial.TrialTraining`."""
 
     def __init__(self, callbacks, training, workers):
         super().__init__()

@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import keras
+import keras_tuner as kt
 import tensorflow as tf
 
 from tf_blockmomentum.callback import BlockTraining, _eagerly
 from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
 from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.tuner_workers import kt
 
 MEASURED, PREDICTED = "measured_seconds", "predicted_seconds"  # metrics of an epoch
 
