@@ -42,7 +42,7 @@ else:
     from tf_blockmomentum.optimizer import BlockMomentum
     from tf_blockmomentum.outer import SlowMo
     from tf_blockmomentum.report.callback import BlockReport
-    from tf_blockmomentum.statistics import refresh_statistics
+    from tf_blockmomentum.statistics.refresh import refresh_statistics
     from tf_blockmomentum.strategy import MultiDeviceBlockStrategy, MultiWorkerBlockStrategy
 
     _progress.install()

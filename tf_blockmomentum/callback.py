@@ -14,7 +14,8 @@ from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
 from tf_blockmomentum.optimizer import BlockMomentum, find
-from tf_blockmomentum.statistics import DEFAULT, check_refresh_statistics, with_statistics
+from tf_blockmomentum.statistics.layers import with_statistics
+from tf_blockmomentum.statistics.refresh import DEFAULT, check_refresh_statistics
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import BlockStrategy, worker_of
 

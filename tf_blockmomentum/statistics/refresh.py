@@ -1,16 +1,8 @@
-"""Moving statistics estimated anew at the anchor.
-
-BatchNormalization's moving mean and variance are those of where the replicas have been in the
-last steps. The outer step moves the anchor on from there, and what is validated and saved is the
-anchor. So at the end of an epoch the last batches pass through the step function once more, at
-the anchor: it calls its layers as it does in training, and its optimizers' updates are left out.
-What the layers would have made of their moving statistics is caught on the way, and all other
-state that the step has assigned is put back.
-"""
+"""The estimate: batches pass through the step function, and what layers make of them is summed."""
 
 import contextlib
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -24,8 +16,10 @@ from tf_blockmomentum._private.trainer import training_of
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.header import crc
 from tf_blockmomentum.optimizer import check_strategy
-from tf_blockmomentum.steps import LocalSteps, explaining_xla, next_batch, on_host, resolve_jit
-from tf_blockmomentum.strategy import BlockStrategy, check_number, meeting, replicas_of
+from tf_blockmomentum.statistics.batches import any_batch, distributed, examples_of
+from tf_blockmomentum.statistics.layers import Statistics, with_statistics
+from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
+from tf_blockmomentum.strategy import check_number, meeting, replicas_of
 
 DEFAULT = 16  # batches; docs/your_script.md has what was measured
 
@@ -97,7 +91,7 @@ def refresh_statistics(
     jit = resolve_jit(jit_compile) and all(layer.supports_jit for layer in _keras.layers_of(model))
     refresh = Refresh(forward, strategy, jit, layers=_keras.layers_of(model))
     with any_batch(strategy):
-        refresh(_distributed(dataset, strategy))
+        refresh(distributed(dataset, strategy))
     return model
 
 
@@ -106,87 +100,6 @@ def check_refresh_statistics(batches: int) -> int:
     expected = "a whole number of batches, 0 for never"
     check_number("refresh_statistics", batches, numbers.Integral, expected, 0)
     return int(batches)
-
-
-def with_statistics(layers: Iterable[Any]) -> list[Any]:
-    """Of some layers, those that keep moving statistics as BatchNormalization does."""
-
-    def keeps(layer: Any) -> bool:
-        variables = [getattr(layer, name, None) for name in ("moving_mean", "moving_variance")]
-        return all(isinstance(v, keras.Variable) for v in variables) and isinstance(
-            getattr(layer, "momentum", None), numbers.Real
-        )
-
-    return list({id(layer): layer for layer in layers if keeps(layer)}.values())
-
-
-class LastBatches:
-    """The last batches of an epoch that this worker has trained on.
-
-    They are kept where they are, not copied: what is taken is their memory, until the epoch ends.
-    A queue, because it is filled from within the compiled loop of local steps.
-
-    Args:
-        count: how many.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        with on_host():
-            self._queue = tf.queue.FIFOQueue(count, [tf.variant, tf.int32], shapes=[(), ()])
-        self._specs: list[Any] = []  # of Optionals; a fit may have other data than the last
-
-    def add(self, batch: Any) -> None:
-        """Keeps an Optional of a batch, in a graph or eagerly; the oldest leaves."""
-        spec = tf.type_spec_from_value(batch)
-        if spec not in self._specs:
-            self._specs.append(spec)
-        (variant,) = tf.nest.flatten(batch, expand_composites=True)
-
-        def drop() -> tf.Tensor:
-            self._queue.dequeue()
-            return tf.constant(True)
-
-        with on_host():
-            full = self._queue.size() >= self._count
-            with tf.control_dependencies([tf.cond(full, drop, lambda: tf.constant(False))]):
-                self._queue.enqueue([variant, tf.constant(self._specs.index(spec))])
-
-    def take(self) -> list[Any]:
-        """The batches, the oldest first, which are not kept any longer."""
-        batches = []
-        while self._queue.size() > 0:
-            variant, spec = self._queue.dequeue()
-            optional = tf.nest.pack_sequence_as(
-                self._specs[int(spec)], [variant], expand_composites=True
-            )
-            batches.append(optional.get_value())
-        return batches
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The batches for a backup: an array of bytes for each tensor."""
-        batches = self.take()
-        for batch in batches:
-            self.add(tf.experimental.Optional.from_value(batch))
-        return {
-            f"kept/{i}/{j}": np.frombuffer(tf.io.serialize_tensor(tensor).numpy(), np.uint8)
-            for i, batch in enumerate(batches)
-            for j, tensor in enumerate(tf.nest.flatten(batch, expand_composites=True))
-        }
-
-    def restore(self, arrays: Mapping[str, np.ndarray], element_spec: Any) -> None:
-        """The reverse of `arrays`, of batches of `element_spec`."""
-        self.take()
-        specs = tf.nest.flatten(element_spec, expand_composites=True)
-        for i in range(self._count):
-            if f"kept/{i}/0" not in arrays:
-                return
-            tensors = [
-                tf.io.parse_tensor(arrays[f"kept/{i}/{j}"].tobytes(), spec.dtype)
-                for j, spec in enumerate(specs)
-            ]
-            batch = tf.nest.pack_sequence_as(element_spec, tensors, expand_composites=True)
-            self.add(tf.experimental.Optional.from_value(batch))
 
 
 class Refresh:
@@ -213,7 +126,7 @@ class Refresh:
     ) -> None:
         self._step_fn, self._strategy, self._jit = step_fn, strategy, jit
         self._optimizers, self._local_step = list(optimizers), local_step
-        self._layers: list[_Statistics] | None = None
+        self._layers: list[Statistics] | None = None
         self._saved: dict[int, tuple[Any, tf.Tensor]] = {}  # what an eager step has assigned
         self._written: list[Any] | None = None  # TensorFlow's variables that a compiled one does
         if layers is not None:
@@ -221,7 +134,7 @@ class Refresh:
 
     def _follow(self, layers: Iterable[Any]) -> None:
         with self._strategy.scope():
-            self._layers = [_Statistics(layer) for layer in with_statistics(layers)]
+            self._layers = [Statistics(layer) for layer in with_statistics(layers)]
         self._steps = LocalSteps(self._step, self._strategy, self._jit)
 
     def __call__(self, batches: Iterable[Any], element_spec: Any = None) -> None:
@@ -277,7 +190,7 @@ class Refresh:
     def _step(self, data: Any) -> None:
         """The step on one replica's batch, of which the layers' statistics are noted."""
         layers = self._layers or []
-        examples = tf.cast(_examples(data), tf.float64)
+        examples = tf.cast(examples_of(data), tf.float64)
         places = {id(v): layer for layer in layers for v in (layer.mean, layer.variance)}
         before = [(v, tf.identity(v)) for layer in layers for v in layer.variables]
 
@@ -390,93 +303,5 @@ class Refresh:
                         part.assign(tf.cast(tf.reshape(value, part.shape), part.dtype))
 
 
-class _Statistics:
-    """A layer with moving statistics, and the sums that its new ones are made of."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self.mean, self.variance = layer.moving_mean, layer.moving_variance
-        self.size = int(np.prod(self.mean.shape))
-        # Examples; and over them, sums of means, of their squares, and of variances. In float64:
-        # the mean's square is taken away from what may be little more.
-        self.sums = tf.Variable(np.zeros(1 + 3 * self.size), trainable=False, name="statistics")
-
-    @property
-    def variables(self) -> list[Any]:
-        stddev = getattr(self._layer, "moving_stddev", None)  # with renormalization
-        return [self.mean, self.variance, *([] if stddev is None else [stddev])]
-
-    @contextlib.contextmanager
-    def of_a_batch(self) -> Iterator[None]:
-        """Inside, what the layer assigns to its statistics is a batch's alone."""
-        before, self._layer.momentum = self._layer.momentum, 0.0
-        try:
-            yield
-        finally:
-            self._layer.momentum = before
-
-    def add(self, variable: Any, value: Any, examples: tf.Tensor) -> None:
-        """Adds what the layer makes of a batch to the sums, in replica context."""
-        value = tf.cast(tf.reshape(value, [-1]), tf.float64)
-        zeros = tf.zeros_like(value)
-        if variable is self.mean:
-            parts = [tf.ones([1], tf.float64), value, value**2, zeros]
-        else:
-            parts = [tf.zeros([1], tf.float64), zeros, zeros, value]
-        self.sums.assign_add(examples * tf.concat(parts, axis=0))
-
-    def values(self, mean: np.ndarray, variance: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-        """Its variables with their new values."""
-        new = [mean, variance, np.sqrt(variance + getattr(self._layer, "epsilon", 0))]
-        yield from zip(self.variables, new, strict=False)
-
-
-def any_batch(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
-    """As `BlockStrategy.any_batch`; nothing for other strategies."""
-    known = isinstance(strategy, BlockStrategy)
-    return strategy.any_batch() if known else contextlib.nullcontext()
-
-
-def batches_of(data: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
-    """This worker's batches of a distributed dataset, of an iterator over one (those left), or of
-    an iterable of batches, without communication."""
-    if isinstance(data, tf.data.Dataset | tf.distribute.DistributedDataset):
-        data = iter(data)
-    if not isinstance(data, tf.data.Iterator | tf.distribute.DistributedIterator):
-        yield from data
-        return
-    while (following := next_batch(data, strategy)).has_value():
-        yield following.get_value()
-
-
-def _distributed(dataset: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
-    if not isinstance(dataset, tf.data.Dataset | tf.distribute.DistributedDataset):
-        raise TypeError(
-            "refresh_statistics takes a tf.data dataset in batches, or a distributed one. "
-            f"Received: {type(dataset).__name__}. For arrays: "
-            "tf.data.Dataset.from_tensor_slices(x).batch(32)."
-        )
-    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
-        raise ValueError(
-            "The dataset has to have an end. Received: a dataset that repeats for ever. Use "
-            "dataset.take(16)."
-        )
-    if isinstance(strategy, BlockStrategy) and isinstance(dataset, tf.data.Dataset):
-        dataset = strategy.experimental_distribute_dataset(dataset)
-    return batches_of(dataset, strategy)
-
-
 def _one() -> tf.Tensor:
     return tf.constant(1)
-
-
-def _examples(data: Any) -> Any:
-    """How many examples a batch has; 1 if it has no such number."""
-    for leaf in tf.nest.flatten(data):
-        if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
-            return tf.shape(leaf)[0]
-        if isinstance(leaf, tf.RaggedTensor):
-            return leaf.nrows()
-        if isinstance(leaf, tf.SparseTensor):
-            return leaf.dense_shape[0]
-    return 1

@@ -1,0 +1,127 @@
+"""The batches that statistics are estimated from: the last of an epoch, or a dataset's."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_blockmomentum.steps import next_batch, on_host
+from tf_blockmomentum.strategy import BlockStrategy
+
+
+class LastBatches:
+    """The last batches of an epoch that this worker has trained on.
+
+    They are kept where they are, not copied: what is taken is their memory, until the epoch ends.
+    A queue, because it is filled from within the compiled loop of local steps.
+
+    Args:
+        count: how many.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        with on_host():
+            self._queue = tf.queue.FIFOQueue(count, [tf.variant, tf.int32], shapes=[(), ()])
+        self._specs: list[Any] = []  # of Optionals; a fit may have other data than the last
+
+    def add(self, batch: Any) -> None:
+        """Keeps an Optional of a batch, in a graph or eagerly; the oldest leaves."""
+        spec = tf.type_spec_from_value(batch)
+        if spec not in self._specs:
+            self._specs.append(spec)
+        (variant,) = tf.nest.flatten(batch, expand_composites=True)
+
+        def drop() -> tf.Tensor:
+            self._queue.dequeue()
+            return tf.constant(True)
+
+        with on_host():
+            full = self._queue.size() >= self._count
+            with tf.control_dependencies([tf.cond(full, drop, lambda: tf.constant(False))]):
+                self._queue.enqueue([variant, tf.constant(self._specs.index(spec))])
+
+    def take(self) -> list[Any]:
+        """The batches, the oldest first, which are not kept any longer."""
+        batches = []
+        while self._queue.size() > 0:
+            variant, spec = self._queue.dequeue()
+            optional = tf.nest.pack_sequence_as(
+                self._specs[int(spec)], [variant], expand_composites=True
+            )
+            batches.append(optional.get_value())
+        return batches
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The batches for a backup: an array of bytes for each tensor."""
+        batches = self.take()
+        for batch in batches:
+            self.add(tf.experimental.Optional.from_value(batch))
+        return {
+            f"kept/{i}/{j}": np.frombuffer(tf.io.serialize_tensor(tensor).numpy(), np.uint8)
+            for i, batch in enumerate(batches)
+            for j, tensor in enumerate(tf.nest.flatten(batch, expand_composites=True))
+        }
+
+    def restore(self, arrays: Mapping[str, np.ndarray], element_spec: Any) -> None:
+        """The reverse of `arrays`, of batches of `element_spec`."""
+        self.take()
+        specs = tf.nest.flatten(element_spec, expand_composites=True)
+        for i in range(self._count):
+            if f"kept/{i}/0" not in arrays:
+                return
+            tensors = [
+                tf.io.parse_tensor(arrays[f"kept/{i}/{j}"].tobytes(), spec.dtype)
+                for j, spec in enumerate(specs)
+            ]
+            batch = tf.nest.pack_sequence_as(element_spec, tensors, expand_composites=True)
+            self.add(tf.experimental.Optional.from_value(batch))
+
+
+def batches_of(data: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
+    """This worker's batches of a distributed dataset, of an iterator over one (those left), or of
+    an iterable of batches, without communication."""
+    if isinstance(data, tf.data.Dataset | tf.distribute.DistributedDataset):
+        data = iter(data)
+    if not isinstance(data, tf.data.Iterator | tf.distribute.DistributedIterator):
+        yield from data
+        return
+    while (following := next_batch(data, strategy)).has_value():
+        yield following.get_value()
+
+
+def distributed(dataset: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]:
+    if not isinstance(dataset, tf.data.Dataset | tf.distribute.DistributedDataset):
+        raise TypeError(
+            "refresh_statistics takes a tf.data dataset in batches, or a distributed one. "
+            f"Received: {type(dataset).__name__}. For arrays: "
+            "tf.data.Dataset.from_tensor_slices(x).batch(32)."
+        )
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(
+            "The dataset has to have an end. Received: a dataset that repeats for ever. Use "
+            "dataset.take(16)."
+        )
+    if isinstance(strategy, BlockStrategy) and isinstance(dataset, tf.data.Dataset):
+        dataset = strategy.experimental_distribute_dataset(dataset)
+    return batches_of(dataset, strategy)
+
+
+def any_batch(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
+    """As `BlockStrategy.any_batch`; nothing for other strategies."""
+    known = isinstance(strategy, BlockStrategy)
+    return strategy.any_batch() if known else contextlib.nullcontext()
+
+
+def examples_of(data: Any) -> Any:
+    """How many examples a batch has; 1 if it has no such number."""
+    for leaf in tf.nest.flatten(data):
+        if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
+            return tf.shape(leaf)[0]
+        if isinstance(leaf, tf.RaggedTensor):
+            return leaf.nrows()
+        if isinstance(leaf, tf.SparseTensor):
+            return leaf.dense_shape[0]
+    return 1
