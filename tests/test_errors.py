@@ -12,7 +12,7 @@ from helpers import classifier, crossentropy, dataset, examples, scope
 
 import tf_blockmomentum as tfbm
 from tf_blockmomentum.cost import CostModel
-from tf_blockmomentum.strategy import _check_tf_config
+from tf_blockmomentum.tf_config import check_tf_config
 
 SGD = keras.optimizers.SGD
 
@@ -294,11 +294,11 @@ def config(**changes):
 )
 def test_tf_config(text, problem):
     with pytest.raises(ValueError, match=problem) as e:
-        _check_tf_config(text)
+        check_tf_config(text)
     assert f"Received: TF_CONFIG={text!r}" in str(e.value)
     assert "tf_blockmomentum.launch" in str(e.value)
     for good in (None, "", "{}", config()):
-        _check_tf_config(good)
+        check_tf_config(good)
 
 
 def test_a_wrong_compile_argument_is_told_as_keras_tells_it():

@@ -170,7 +170,7 @@ def test_compile_arguments():
 
 
 def test_inputs_that_are_none(mirrored):
-    """`_mark_none` and `none_for_marks` (tensorflow issue 54900)."""
+    """`mark_none` and `none_for_marks` (tensorflow issue 54900)."""
     data = tf.data.Dataset.from_tensor_slices(np.ones([4, 2])).batch(4).map(lambda x: (x, None))
     iterator = iter(mirrored.experimental_distribute_dataset(data))
     with pytest.raises(AttributeError, match="NoneTensorSpec"):

@@ -10,12 +10,13 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.ending import Ending
-from tf_blockmomentum.optimizer import BlockMomentum, check_strategy, find
+from tf_blockmomentum.checks import check_number
+from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.start import start_alike
 from tf_blockmomentum.statistics.batches import LastBatches, batches_of
 from tf_blockmomentum.statistics.refresh import Refresh
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, next_batch, resolve_jit
-from tf_blockmomentum.strategy import check_number
+from tf_blockmomentum.strategy import check_strategy
 
 
 class BlockLoop:

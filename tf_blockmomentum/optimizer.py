@@ -11,12 +11,11 @@ import tensorflow as tf
 from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.algorithm import Blocks
+from tf_blockmomentum.checks import check_number
 from tf_blockmomentum.landing import check_overlap
 from tf_blockmomentum.outer import A_MOMENTUM, SlowMo
 from tf_blockmomentum.settings import A_RATE
-from tf_blockmomentum.strategy import BlockStrategy, check_number
-
-_NO_STRATEGY = tf.distribute.get_strategy()
+from tf_blockmomentum.strategy import check_strategy
 
 
 class NotBuilt(Exception):
@@ -488,19 +487,3 @@ def find(optimizer):
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer if isinstance(optimizer, BlockMomentum) else None
-
-
-def check_strategy(strategy):
-    """Raises ValueError unless replicas can train alone under `strategy`."""
-    if strategy is _NO_STRATEGY or isinstance(strategy, BlockStrategy):
-        return
-    remedy = (
-        "tfbm.MultiWorkerBlockStrategy()"
-        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
-        else "tfbm.MultiDeviceBlockStrategy(devices)"
-    )
-    raise ValueError(
-        f"Block training needs per-replica variables, which {type(strategy).__name__} does not "
-        f"have. Received: a {type(strategy).__name__}. Use {remedy} in its place, or no strategy "
-        f"for a single replica."
-    )

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import ops
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.strategy import check_number
+from tf_blockmomentum.checks import check_number
 
 A_MOMENTUM = "a number from 0 up to, but not including, 1"
 

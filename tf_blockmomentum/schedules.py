@@ -4,7 +4,7 @@ import numbers
 
 import keras
 
-from tf_blockmomentum.strategy import check_number
+from tf_blockmomentum.checks import check_number
 
 _LONGEST = 2**31 - 1  # steps of a block that the end of an epoch will end
 

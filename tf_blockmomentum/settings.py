@@ -4,8 +4,8 @@ import numbers
 from typing import Any
 
 from tf_blockmomentum import schedules
+from tf_blockmomentum.checks import check_number
 from tf_blockmomentum.outer import A_MOMENTUM
-from tf_blockmomentum.strategy import check_number
 
 A_RATE = "a number of at least 0"
 

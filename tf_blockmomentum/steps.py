@@ -8,8 +8,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.inputs import none_for_marks
 from tf_blockmomentum.optimizer import NotBuilt, find
-from tf_blockmomentum.strategy import BlockStrategy, none_for_marks, replicas_of
+from tf_blockmomentum.strategy import BlockStrategy, replicas_of
 
 
 class LocalSteps:

@@ -8,7 +8,6 @@ only communication is at a block boundary.
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 
@@ -23,8 +22,11 @@ from tf_blockmomentum._private.tensorflow import (
     set_heartbeat,
     wire_dtype,
 )
+from tf_blockmomentum.inputs import check_global_batch, copied, mark_none, no_device_buffer
 from tf_blockmomentum.meetings import Meetings
+from tf_blockmomentum.tf_config import check_tf_config
 
+_NO_STRATEGY = tf.distribute.get_strategy()
 COMPRESSIONS = ("float16", "int8", "int4")
 
 
@@ -167,19 +169,19 @@ class BlockStrategy(tf.distribute.Strategy):
             tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(dataset))
         )
         if size < 0:  # batches that TensorFlow has not put together itself
-            dataset = dataset.map(_copied)
+            dataset = dataset.map(copied)
         if self._marks_none:
-            dataset = _mark_none(dataset)
+            dataset = mark_none(dataset)
         if not self._any_batch:
             check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
         if options is None:
-            dataset, options = dataset.prefetch(1), _no_device_buffer()
+            dataset, options = dataset.prefetch(1), no_device_buffer()
         return super().experimental_distribute_dataset(dataset, options)
 
     def distribute_datasets_from_function(self, dataset_fn, options=None):
         """As in TensorFlow; nothing is read ahead but what the dataset itself prefetches."""
         if options is None:
-            options = _no_device_buffer()
+            options = no_device_buffer()
         return super().distribute_datasets_from_function(dataset_fn, options)
 
 
@@ -238,7 +240,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
         check_compression(compression)
         self.compression = compression
         if cluster_resolver is None:
-            config = _check_tf_config(os.environ.get("TF_CONFIG"))
+            config = check_tf_config(os.environ.get("TF_CONFIG"))
             if config.get("task", {}).get("type") == "evaluator":
                 # No member of the cluster, though TF_CONFIG tells it who trains.
                 cluster_resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
@@ -314,42 +316,6 @@ def worker_of(strategy):
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
 
 
-# TensorFlow's distributed iterators take no None, an optional input that is not given (tensorflow
-# issue 54900). A dtype that no model has stands for it on the way.
-_NONE = tf.qint32
-
-
-def _mark_none(dataset):
-    def mark(*element):
-        leaves = tf.nest.flatten(element)
-        size = tf.shape(next(leaf for leaf in leaves if isinstance(leaf, tf.Tensor)))[0]
-        none = tf.bitcast(tf.zeros([size], tf.int32), _NONE)
-        marked = tf.nest.map_structure(lambda leaf: none if leaf is None else leaf, element)
-        return marked if len(marked) > 1 else marked[0]
-
-    specs = tf.nest.flatten(dataset.element_spec)
-    return dataset.map(mark) if any(isinstance(s, tf.NoneTensorSpec) for s in specs) else dataset
-
-
-def _copied(*element):
-    """A batch in memory of its own. A generator's arrays are used where they are, and a replica's
-    part of one could be overwritten by the step that has it: the user's sample weights were."""
-
-    def copy(leaf):
-        kept = not isinstance(leaf, tf.Tensor) or leaf.dtype in (_NONE, tf.variant)
-        return leaf if kept else tf.raw_ops.DeepCopy(x=leaf)
-
-    copies = tf.nest.map_structure(copy, element)
-    return copies if len(copies) > 1 else copies[0]
-
-
-def none_for_marks(data):
-    """Puts None back where a dataset had it; of tensors or of their specs."""
-    return tf.nest.map_structure(
-        lambda leaf: None if getattr(leaf, "dtype", None) == _NONE else leaf, data
-    )
-
-
 def meeting(strategy: tf.distribute.Strategy, place: str) -> contextlib.AbstractContextManager:
     """As `BlockStrategy.meeting`; nothing for other strategies."""
     known = isinstance(strategy, BlockStrategy)
@@ -363,29 +329,6 @@ def replicas_of(variable, strategy):
     return strategy.experimental_local_results(value)
 
 
-def _no_device_buffer():
-    """Input options without which a worker crashed in one of some 60 fits on busy machines.
-
-    With a buffer on the device, TensorFlow's default, a thread of its own reads ahead. If the
-    iterator is deleted meanwhile, as Keras does at the end of every evaluation, the thread can
-    read freed memory (DatasetBaseIterator::GetNext, from BackgroundThread in
-    multi_device_iterator_ops.cc). Without a buffer it reads only while it is waited for.
-    """
-    return tf.distribute.InputOptions(experimental_per_replica_buffer_size=0)
-
-
-def check_global_batch(size, strategy):
-    """Raises ValueError unless the replicas can share out batches of `size` (None: unknown)."""
-    replicas = strategy.num_replicas_in_sync
-    if size and size % replicas:
-        share = -(-size // replicas)
-        raise ValueError(
-            f"The global batch must divide by the number of replicas. Received: batches of "
-            f"{size} for {replicas} replicas. Use a multiple of {replicas}, such as "
-            f"batch_size={replicas * share}; each replica then gets {share} examples a step."
-        )
-
-
 def check_compression(compression):
     """Raises ValueError unless it is None or a name that is known."""
     if compression is not None and compression not in COMPRESSIONS:
@@ -395,54 +338,17 @@ def check_compression(compression):
         )
 
 
-def check_number(name, value, kind, expected, least, below=float("inf")):
-    """Raises ValueError unless `value` is of `kind` and `least <= value < below`."""
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
-        raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")
-
-
-def _check_tf_config(text):
-    """Returns `TF_CONFIG` as a dict. Raises ValueError, with the remedy, for one that TensorFlow
-    would trip over."""
-    if not text:
-        return {}
-    example = (
-        '{"cluster": {"worker": ["host1:port", "host2:port"]}, '
-        '"task": {"type": "worker", "index": 0}}'
+def check_strategy(strategy):
+    """Raises ValueError unless replicas can train alone under `strategy`."""
+    if strategy is _NO_STRATEGY or isinstance(strategy, BlockStrategy):
+        return
+    remedy = (
+        "tfbm.MultiWorkerBlockStrategy()"
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        else "tfbm.MultiDeviceBlockStrategy(devices)"
     )
-
-    def bad(problem):
-        return ValueError(
-            f"TF_CONFIG is not usable: {problem}. Received: TF_CONFIG={text!r}. "
-            f"Expected something like {example}. "
-            f"`python -m tf_blockmomentum.launch` sets it for every worker."
-        )
-
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise bad(f"it is not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise bad("it is not a JSON object")
-    if not config:
-        return {}
-    cluster, task = config.get("cluster"), config.get("task")
-    if not isinstance(cluster, dict) or not cluster:
-        raise bad("it has no `cluster`")
-    for kind, addresses in cluster.items():
-        if kind not in ("chief", "worker", "evaluator"):
-            raise bad(f"block training knows the tasks chief and worker, not {kind!r}")
-        if not isinstance(addresses, list) or not all(
-            isinstance(address, str) and address.rpartition(":")[2].isdigit()
-            for address in addresses
-        ):
-            raise bad(f'`cluster[{kind!r}]` is not a list of "host:port"')
-        if len(set(addresses)) != len(addresses):
-            raise bad(f"`cluster[{kind!r}]` names an address twice")
-    if not isinstance(task, dict) or task.get("type") not in cluster:
-        raise bad(f"`task.type` is none of {sorted(cluster)}")
-    index = task.get("index")
-    if not isinstance(index, int) or not 0 <= index < len(cluster[task["type"]]):
-        count = len(cluster[task["type"]])
-        raise bad(f"`task.index` is not a whole number from 0 to {count - 1}")
-    return config
+    raise ValueError(
+        f"Block training needs per-replica variables, which {type(strategy).__name__} does not "
+        f"have. Received: a {type(strategy).__name__}. Use {remedy} in its place, or no strategy "
+        f"for a single replica."
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum.strategy import none_for_marks
+from tf_blockmomentum.inputs import none_for_marks
 
 _BaseOptimizer = next(
     c for c in keras.optimizers.Optimizer.__mro__ if c.__name__ == "BaseOptimizer"

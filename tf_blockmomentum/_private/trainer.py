@@ -21,8 +21,9 @@ import tensorflow as tf
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.header import crc
+from tf_blockmomentum.inputs import check_global_batch
 from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.strategy import BlockStrategy, check_global_batch, meeting, worker_of
+from tf_blockmomentum.strategy import BlockStrategy, meeting, worker_of
 
 _Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
 
