@@ -2,8 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import numbers
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -11,11 +9,15 @@ import tensorflow as tf
 from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.algorithm import Blocks
-from tf_blockmomentum.checks import check_number
 from tf_blockmomentum.landing import check_overlap
-from tf_blockmomentum.outer import A_MOMENTUM, SlowMo
-from tf_blockmomentum.settings import A_RATE
+from tf_blockmomentum.outer import SlowMo
 from tf_blockmomentum.strategy import check_strategy
+from tf_blockmomentum.wrapped import (
+    as_optimizer,
+    check_outer_optimizer,
+    check_schedule_free,
+    make_outer_optimizer,
+)
 
 
 class NotBuilt(Exception):
@@ -156,7 +158,7 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
                 f"{kwargs[argument]!r}. Set it on the inner optimizer instead, as in "
                 f"BlockMomentum(keras.optimizers.SGD(..., {argument}=...))."
             )
-        inner_optimizer = _checked(inner_optimizer, "inner_optimizer")
+        inner_optimizer = as_optimizer(inner_optimizer, "inner_optimizer")
         if inner_state not in ("keep", "reset", "average"):
             raise ValueError(
                 '`inner_state` must be "keep", "reset" or "average". Received: '
@@ -182,61 +184,21 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
             "block_learning_rate": block_learning_rate,
         }
         if outer_optimizer is None:
-            outer_optimizer = self._make_outer_optimizer(**momentum)
+            outer_optimizer, self._settings = make_outer_optimizer(**momentum)
         else:
-            outer_optimizer = self._check_outer_optimizer(outer_optimizer, momentum)
+            outer_optimizer = check_outer_optimizer(outer_optimizer, inner_optimizer, momentum)
+            self.check_same_scope("outer optimizer", _keras.strategy_of(outer_optimizer))
+            self._settings = {"momentum": None, "zeta": None, "nesterov": None}
+            if isinstance(outer_optimizer, SlowMo):
+                outer_optimizer.follow(inner_optimizer)
         self.outer_optimizer = outer_optimizer
-        _check_schedule_free(inner_optimizer, inner_state, self._settings)
+        check_schedule_free(inner_optimizer, inner_state, self._settings)
         _keras.make_local(self.inner_optimizer)
         _keras.make_local(self.outer_optimizer)
         self._stepping = False
         self.updating = False
         self.version = 0  # of what is compiled with its settings
         self._updated, self._overwritten = set(), set()
-
-    def _make_outer_optimizer(self, block_momentum, nesterov, block_learning_rate):
-        beta = 0.5 if block_momentum is None else block_momentum
-        zeta = 1.0 if block_learning_rate is None else block_learning_rate
-        check_number("block_momentum", beta, numbers.Real, A_MOMENTUM, 0, 1)
-        check_number("block_learning_rate", zeta, numbers.Real, A_RATE, 0)
-        self._settings: dict[str, Any] = {
-            "momentum": float(beta),
-            "zeta": float(zeta),
-            "nesterov": bool(nesterov),
-        }
-        return keras.optimizers.SGD(
-            learning_rate=float(zeta), momentum=float(beta), nesterov=bool(nesterov), name="outer"
-        )
-
-    def _check_outer_optimizer(self, outer_optimizer, momentum):
-        outer_optimizer = _checked(outer_optimizer, "outer_optimizer")
-        given = [f"{name}={value!r}" for name, value in momentum.items() if value is not None]
-        if given:
-            raise ValueError(
-                "With an outer_optimizer, BlockMomentum takes no block_momentum, nesterov or "
-                f"block_learning_rate. Received: outer_optimizer={outer_optimizer.name!r} and "
-                f"{', '.join(given)}. Give them to the outer optimizer, as in "
-                "outer_optimizer=keras.optimizers.SGD(block_learning_rate, "
-                "momentum=block_momentum, nesterov=...), or leave it out."
-            )
-        if outer_optimizer is self.inner_optimizer or outer_optimizer.built:
-            raise ValueError(
-                "The outer optimizer must be one of its own, not yet built. Received: "
-                f"outer_optimizer={outer_optimizer.name!r}, "
-                + ("the inner optimizer." if not outer_optimizer.built else "built already.")
-            )
-        loss_scaling = isinstance(outer_optimizer, keras.optimizers.LossScaleOptimizer)
-        if loss_scaling or outer_optimizer.use_ema:
-            what = "loss scaling" if loss_scaling else "use_ema=True"
-            raise ValueError(
-                f"An outer optimizer cannot use {what}. Received: outer_optimizer="
-                f"{outer_optimizer.name!r}. It belongs to the inner optimizer."
-            )
-        self.check_same_scope("outer optimizer", _keras.strategy_of(outer_optimizer))
-        self._settings = {"momentum": None, "zeta": None, "nesterov": None}
-        if isinstance(outer_optimizer, SlowMo):
-            outer_optimizer.follow(self.inner_optimizer)
-        return outer_optimizer
 
     # -- the algorithm ---------------------------------------------------------------------
 
@@ -440,40 +402,6 @@ class BlockMomentum(Blocks, _keras.LocalUpdate):
                     config[name], custom_objects=custom_objects
                 )
         return cls(**config)
-
-
-def _checked(optimizer, what):
-    """Returns a Keras optimizer, from its name or config too."""
-    if isinstance(optimizer, str | dict):
-        optimizer = keras.optimizers.get(optimizer)
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            f"BlockMomentum wraps a Keras optimizer, such as keras.optimizers.SGD(0.1). "
-            f"Received: {what}={optimizer!r}."
-        )
-    wrapped = getattr(optimizer, "inner_optimizer", None)
-    if isinstance(optimizer, BlockMomentum) or isinstance(wrapped, BlockMomentum):
-        raise ValueError(
-            f"BlockMomentum cannot wrap a BlockMomentum. Received: {what}="
-            f"{optimizer.name!r}. Wrap the optimizer inside it instead."
-        )
-    return optimizer
-
-
-def _check_schedule_free(inner_optimizer, inner_state, settings):
-    """Raises ValueError for ScheduleFreeAdamW inside in any other way than the one that is right:
-    one of its slots is no memory of gradients but a point beside the weights, from which it
-    recovers the average that it keeps, so both have to move alike."""
-    kind = getattr(keras.optimizers, "ScheduleFreeAdamW", ())  # since Keras 3.13
-    alike = inner_state == "average" and (settings["momentum"], settings["zeta"]) == (0, 1)
-    if any(isinstance(part, kind) for part in _keras.parts_of(inner_optimizer)) and not alike:
-        raise ValueError(
-            "ScheduleFreeAdamW keeps a second point beside the weights, which an outer step would "
-            'leave behind. Received: it as inner optimizer, with inner_state="'
-            f'{inner_state}", block_momentum={settings["momentum"]} and block_learning_rate='
-            f'{settings["zeta"]}. Use inner_state="average", block_momentum=0, which averages '
-            "both, or AdamW inside."
-        )
 
 
 def _initial_value(slot):
