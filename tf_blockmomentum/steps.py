@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.inputs import none_for_marks
-from tf_blockmomentum.optimizer import NotBuilt, find
+from tf_blockmomentum.local import NotBuilt
+from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.strategy import BlockStrategy, replicas_of
 
 
