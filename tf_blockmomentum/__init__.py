@@ -36,7 +36,8 @@ else:
     from tf_blockmomentum import progress as _progress
     from tf_blockmomentum import schedules
     from tf_blockmomentum.backup import BlockBackup
-    from tf_blockmomentum.callback import BlockTraining, ChiefOnly
+    from tf_blockmomentum.callback import BlockTraining
+    from tf_blockmomentum.chief_only import ChiefOnly
     from tf_blockmomentum.launch.spawn import spawn
     from tf_blockmomentum.loop import BlockLoop
     from tf_blockmomentum.optimizer import BlockMomentum

@@ -1,6 +1,5 @@
 """BlockTraining: makes `model.fit` run in blocks."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,10 @@ from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
 from tf_blockmomentum.optimizer import BlockMomentum, find
+from tf_blockmomentum.seeds import give_replicas_different_seeds, replica_ids
 from tf_blockmomentum.statistics.layers import with_statistics
 from tf_blockmomentum.statistics.refresh import DEFAULT, check_refresh_statistics
-from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
+from tf_blockmomentum.steps import LocalSteps, eagerly, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import BlockStrategy, worker_of
 
 
@@ -187,7 +187,7 @@ class BlockTraining(keras.callbacks.Callback):
         total = self.params["steps"]  # None: not known
         steps = model.steps_per_execution
         left = steps if total is None else max(total - self._begin, 1)  # 0 batches end too
-        with _eagerly(model.run_eagerly):
+        with eagerly(model.run_eagerly):
             logs = loop._run(
                 iterator,
                 steps if self._fit.counts_steps else min(steps, left),
@@ -237,7 +237,7 @@ class BlockTraining(keras.callbacks.Callback):
             self.model.stop_training |= loop.ending.stopping
             if loop.kept is not None:
                 self.flush()
-                with _eagerly(self.model.run_eagerly):
+                with eagerly(self.model.run_eagerly):
                     loop.refresh_with(loop.kept.take(), layers=_keras.layers_of(self.model))
 
     def after_callbacks(self) -> None:
@@ -275,7 +275,7 @@ class BlockTraining(keras.callbacks.Callback):
     def flush(self) -> None:
         """Before somebody looks at the model."""
         if self._loop is not None:
-            with _eagerly(self._model.run_eagerly):
+            with eagerly(self._model.run_eagerly):
                 self._loop.flush()
 
     def flush_between_fits(self) -> None:
@@ -293,7 +293,7 @@ class BlockTraining(keras.callbacks.Callback):
             )
         batch = next(iter(data))
         loop = self.ready_loop(tf.nest.map_structure(_spec_of, batch))
-        with _eagerly(self._model.run_eagerly):
+        with eagerly(self._model.run_eagerly):
             return loop.run_batch(batch)
 
 
@@ -304,62 +304,6 @@ def between_fits(model: keras.Model) -> Callable[[Any], Any]:
     return training._between_fits
 
 
-class ChiefOnly(keras.callbacks.Callback):
-    """Runs a callback that writes files on the first worker only.
-
-    For ModelCheckpoint, CSVLogger, TensorBoard and the like, whose copies on several workers
-    would write to the same path at the same time. They read weights without communication,
-    so the first worker may do so alone, and at the end of an epoch all replicas have the
-    same. A callback that evaluates the model or stops training must run on all workers, as
-    EarlyStopping, ReduceLROnPlateau and TerminateOnNaN do: not for this.
-
-    Args:
-        callback: a Keras callback; on other workers none of its methods is called.
-
-    Example:
-
-    >>> checkpoint = tfbm.ChiefOnly(keras.callbacks.ModelCheckpoint("best.keras"))
-    """
-
-    def __init__(self, callback):
-        super().__init__()
-        if getattr(callback, "on_all_workers", False):
-            raise ValueError(
-                f"{type(callback).__name__} has to run on all workers, which tell each other what "
-                f"it needs. Received: ChiefOnly({type(callback).__name__}(...)). Leave ChiefOnly "
-                "out: what it writes for all it writes on the chief alone."
-            )
-        self.callback = callback
-        self._calls = False  # until the model tells which worker this is
-
-    def set_model(self, model):
-        super().set_model(model)
-        self._calls = worker_of(model.distribute_strategy)[0] == 0
-        if self._calls:
-            self.callback.set_model(model)
-            self.callback.set_params(self.params)
-
-    def set_params(self, params):
-        """Passes them on, if the model came first, as in Keras's CallbackList."""
-        super().set_params(params)
-        if self._calls:
-            self.callback.set_params(params)
-
-
-def _passed_on(hook):
-    def method(self, *args, **kwargs):
-        if self._calls:
-            getattr(self.callback, hook)(*args, **kwargs)
-
-    method.__doc__ = f"The callback's own `{hook}`, on the first worker."
-    return method
-
-
-for _hook in dir(keras.callbacks.Callback):
-    if _hook.startswith("on_"):
-        setattr(ChiefOnly, _hook, _passed_on(_hook))
-
-
 def make_test_function(model):
     """What evaluate calls under a block strategy: steps without communication; the metrics
     are reduced over the replicas when Keras reads them, once at the end."""
@@ -367,7 +311,7 @@ def make_test_function(model):
     local_steps = LocalSteps(model.test_step, model.distribute_strategy, jit_compile)
 
     def test_function(iterator: Any) -> Any:
-        with _eagerly(model.run_eagerly), explaining_xla(jit_compile):
+        with eagerly(model.run_eagerly), explaining_xla(jit_compile):
             taken, logs, _ = local_steps(iterator, model.steps_per_execution)
         progress.note("evaluates")
         if not taken:
@@ -395,56 +339,6 @@ def model_jit(model, jit_compile):
     if jit_compile == "auto":
         return not unsupported and (bool(model.jit_compile) or resolve_jit("auto"))
     return jit_compile
-
-
-# Odd and without pattern: seeds that a user numbered 1, 2, 3 stay apart.
-_ODD = 2654435769
-
-
-def give_replicas_different_seeds(generator, strategy, ids):
-    """Moves a seed generator's seed apart on each of this worker's replicas, which have these
-    `replica_ids`; replica 0 keeps its own.
-
-    Under tf.distribute all replicas start from one state and would drop the same units.
-    Weights loaded later bring one state for all again, so this is done before every fit.
-    """
-    states = strategy.experimental_local_results(generator.state.value)
-    seeds = [int(state.numpy()[0]) for state in states]
-    offsets = [i * _ODD for i in ids]
-    base = getattr(generator, "_tfbm_seed", None)
-    if base is not None and seeds == [(base + offset) % 2**32 for offset in offsets]:
-        return
-    generator._tfbm_seed = seeds[0]
-    for state, offset in zip(states, offsets, strict=True):
-        seed = tf.constant((seeds[0] + offset) % 2**32, state.dtype)
-        state.assign(tf.stack([seed, state[1]]))
-
-
-def keep_seeds(generator, strategy, ids):
-    """Takes restored seeds for those that `give_replicas_different_seeds` gave."""
-    state = strategy.experimental_local_results(generator.state.value)[0]
-    offset = ids[0] * _ODD
-    generator._tfbm_seed = (int(state.numpy()[0]) - offset) % 2**32
-
-
-def replica_ids(strategy):
-    """The numbers of this worker's replicas among all replicas."""
-    ids = tf.function(lambda: strategy.run(_replica_id), autograph=False)()
-    return [int(i) for i in strategy.experimental_local_results(ids)]
-
-
-def _replica_id():
-    return tf.identity(tf.distribute.get_replica_context().replica_id_in_sync_group)
-
-
-@contextlib.contextmanager
-def _eagerly(run_eagerly):
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(before or run_eagerly)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
 
 
 def _spec_of(leaf: Any) -> Any:

@@ -295,3 +295,13 @@ def _has_examples(data):
 
 def _zeros(spec):
     return None if spec is None else tf.zeros([d or 0 for d in spec.shape], spec.dtype)
+
+
+@contextlib.contextmanager
+def eagerly(run_eagerly):
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(before or run_eagerly)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)

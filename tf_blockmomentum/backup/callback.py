@@ -34,13 +34,9 @@ from tf_blockmomentum.backup.state import (
     set_position,
     variables_of,
 )
-from tf_blockmomentum.callback import (
-    BlockTraining,
-    ChiefOnly,
-    give_replicas_different_seeds,
-    keep_seeds,
-    replica_ids,
-)
+from tf_blockmomentum.callback import BlockTraining
+from tf_blockmomentum.chief_only import ChiefOnly
+from tf_blockmomentum.seeds import give_replicas_different_seeds, keep_seeds, replica_ids
 from tf_blockmomentum.strategy import replicas_of, worker_of
 
 

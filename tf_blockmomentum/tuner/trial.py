@@ -11,9 +11,10 @@ import keras
 import keras_tuner as kt
 import tensorflow as tf
 
-from tf_blockmomentum.callback import BlockTraining, _eagerly
+from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
 from tf_blockmomentum.optimizer import find
+from tf_blockmomentum.steps import eagerly
 
 MEASURED, PREDICTED = "measured_seconds", "predicted_seconds"  # metrics of an epoch
 
@@ -145,7 +146,7 @@ class TrialTraining(BlockTraining):
             except Exception as error:
                 self.leave(error)
         while not (loop.has_finished(iterator) or loop.ending.all_ended):
-            with _eagerly(self.model.run_eagerly):
+            with eagerly(self.model.run_eagerly):
                 try:
                     loop._end_block(ended=True)
                 except FloatingPointError as error:
