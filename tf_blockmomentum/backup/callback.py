@@ -1,13 +1,10 @@
 """BlockBackup: every worker's exact state on disk, and a fit that goes on from it."""
 
-import contextlib
-import itertools
 import json
 import pathlib
 import signal
 import sys
 import threading
-import warnings
 
 import keras
 import numpy as np
@@ -16,24 +13,16 @@ import tensorflow as tf
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum._private import trainer as _trainer
-from tf_blockmomentum.backup.pieces import (
-    Damaged,
-    Piece,
-    from_bytes,
-    to_bytes,
-    worker_counts,
-    write,
+from tf_blockmomentum.backup.pieces import to_bytes
+from tf_blockmomentum.backup.restoring import (
+    check_variables,
+    own_values,
+    progress_of,
+    redistributed,
+    restore_callbacks,
 )
-from tf_blockmomentum.backup.state import (
-    OFFERED,
-    describe,
-    exchange,
-    hash_of,
-    plain,
-    position_of,
-    set_position,
-    variables_of,
-)
+from tf_blockmomentum.backup.shelf import Shelf
+from tf_blockmomentum.backup.state import describe, plain, position_of, set_position, variables_of
 from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.chief_only import ChiefOnly
 from tf_blockmomentum.seeds import give_replicas_different_seeds, keep_seeds, replica_ids
@@ -126,7 +115,6 @@ class BlockBackup(keras.callbacks.Callback):
         self.every = every
         self.keep = keep
         self._own_callbacks = list(callbacks)
-        self._names: list = []  # of the backups that count, the oldest first
         self._metrics: list = []  # (part of a variable, value) for when fit has reset them
 
     # -- Keras calls these ----------------------------------------------------------------------
@@ -155,7 +143,15 @@ class BlockBackup(keras.callbacks.Callback):
         self._begun_with = [plain(vars(callback)) for callback in self._callbacks]
         self._history: dict | None = None  # of the fit that goes on
         self._saved_midway = False
-        self._restore(self._newest())
+        self._shelf = Shelf(
+            self.directory,
+            self.keep,
+            self._worker,
+            self._workers,
+            self._replicas,
+            self._strategy.num_replicas_in_sync,
+        )
+        self._restore(self._shelf.newest(self._strategy))
         self._last_blocks = self._optimizers[0].blocks
         self._listen_to_sigterm()
 
@@ -244,7 +240,7 @@ class BlockBackup(keras.callbacks.Callback):
         epochs = self._epochs.state(epoch_ended=step == 0)
         meta = {
             "format": 1,
-            "run": self._run,
+            "run": self._shelf.run,
             "worker": self._worker,
             "workers": self._workers,
             "replicas": self._replicas,
@@ -258,20 +254,8 @@ class BlockBackup(keras.callbacks.Callback):
             "stopped": over,
             "history": self._history_with(logs),
             "variables": self._described,
-            "callbacks": [],
         }
-        arrays: dict = {}
-        for n, (callback, before) in enumerate(
-            zip(self._callbacks, self._begun_with, strict=True)
-        ):
-            now = plain(vars(callback))
-            meta["callbacks"].append({k: v for k, v in now.items() if before.get(k, ...) != v})
-            for name, value in vars(callback).items():
-                if isinstance(value, list) and all(
-                    isinstance(a, np.ndarray | np.generic)
-                    for a in value  # a scalar weight is no array
-                ):
-                    arrays |= {f"callback-{n}/{name}/{k}": a for k, a in enumerate(value)}
+        meta["callbacks"], arrays = progress_of(self._callbacks, self._begun_with)
         if self._loop.kept is not None:
             arrays |= self._loop.kept.arrays()
         if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
@@ -284,104 +268,25 @@ class BlockBackup(keras.callbacks.Callback):
                 for r, part in enumerate(replicas_of(variable, self._strategy)):
                     yield f"{r}/{i}", to_bytes(part.numpy())
 
-        directory = self.directory / f"epoch-{epoch:06d}-step-{step:09d}"
-        path = directory / f"worker-{self._worker}-of-{self._workers}.npz"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with self._loop.ending.observer.span("backup"):
-                write(path, members())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                path.with_suffix(".tmp").unlink()
-                directory.rmdir()  # if it is empty
-            raise OSError(
-                f"BlockBackup could not write {path}: {error.strerror or error}. Training cannot "
-                "go on safely without its backups. Free some space or give another directory; "
-                "started again, training goes on from the last complete backup."
-            ) from error
+        name = f"epoch-{epoch:06d}-step-{step:09d}"
+        with self._loop.ending.observer.span("backup"):
+            self._shelf.put(name, members())
         self._last_blocks = self._optimizers[0].blocks
-        self._names.append(directory.name)
-        self._prune()
         progress.note("wrote a backup")
 
-    def _prune(self):
-        """Removes this worker's oldest pieces. All workers finished the backup before this one,
-        or this worker could not have come to its boundary: so `keep` complete ones remain."""
-        self._names = self._names[-self.keep - 1 :]
-        for directory in self._backups():
-            if directory.name >= self._names[0]:
-                continue
-            patterns = [f"worker-{self._worker}-of-*"]
-            if self._worker == 0:  # those of workers that are no more
-                indices = {p.name.split("-")[1] for p in directory.glob("worker-*-of-*")}
-                patterns += [f"worker-{i}-of-*" for i in indices if int(i) >= self._workers]
-            with contextlib.suppress(OSError):  # another worker may be removing it too
-                for path in [p for pattern in patterns for p in directory.glob(pattern)]:
-                    path.unlink()
-                directory.rmdir()
-
-    def _backups(self):
-        """Directories of backups, the newest first."""
-        return sorted(self.directory.glob("epoch-*-step-*"), reverse=True)
-
     # -- restoring --------------------------------------------------------------------------------
-
-    def _newest(self):
-        """Agrees with the other workers on the newest backup; returns its pieces, or None."""
-        found, problems = {}, {}
-        for directory in self._backups():
-            for workers in worker_counts(directory) or [self._workers]:
-                try:
-                    pieces = self._open(directory, workers)
-                except Damaged as error:
-                    problems[directory.name] = str(error)
-                else:
-                    name = f"{directory.name} of {workers} workers, run {pieces[0].meta['run']}"
-                    found[name] = pieces
-        offered = dict(list(found.items())[:OFFERED])
-        hashes = {hash_of(name): name for name in offered}
-        rows, self._run = exchange(self._strategy, len(self._replicas), list(hashes))
-        common = [name for key, name in hashes.items() if all(key in row for row in rows)]
-        chosen = found[common[0]] if common else None
-        newest = chosen[0].path.parent.name if chosen else ""
-        # Newer ones, which do not count, must not push out those that do.
-        self._names = sorted(d.name for d in self._backups() if d.name <= newest)
-        for directory in self._backups():
-            if directory.name > newest:
-                reason = problems.get(directory.name, "another worker's piece is not whole")
-                warnings.warn(
-                    f"BlockBackup: {directory} does not count: {reason}. Going back to "
-                    f"{newest or 'the beginning'}.",
-                    stacklevel=2,
-                )
-        return chosen
-
-    def _open(self, directory, workers):
-        """This worker's piece of a backup if nothing has changed; else the pieces of all."""
-        if workers == self._workers:
-            piece = Piece(directory / f"worker-{self._worker}-of-{workers}.npz")
-            if self._is_ours(piece):
-                return [piece]
-        pieces = [Piece(directory / f"worker-{i}-of-{workers}.npz") for i in range(workers)]
-        if len({piece.meta["run"] for piece in pieces}) > 1:
-            raise Damaged("its pieces are of different runs")
-        return pieces
-
-    def _is_ours(self, piece):
-        return piece.meta["replicas"] == self._replicas and (
-            piece.meta["all_replicas"] == self._strategy.num_replicas_in_sync
-        )
 
     def _restore(self, pieces):
         if pieces is None:
             return
         meta, model = pieces[0].meta, self.model
-        self._check(pieces[0])
+        check_variables(pieces[0], self._described)
         step, batches = meta["step"], meta["batches"]
-        values = self._same(pieces[0])
-        exact = self._is_ours(pieces[0])
+        values = own_values(pieces[0], len(self._replicas))
+        exact = self._shelf.is_ours(pieces[0])
         if not exact:
-            values = self._redistributed(pieces)
+            replica = self._loop.ending.replica
+            values = redistributed(pieces, self._variables, model, replica, self._replicas)
             old, new = meta["steps"] or 1, self.params["steps"] or meta["steps"] or 1
             step, batches = step * new // old, batches * new // old
         if step % model.steps_per_execution:
@@ -412,7 +317,7 @@ class BlockBackup(keras.callbacks.Callback):
         else:
             for optimizer in self._optimizers:
                 optimizer.discard_block()
-        self._restore_callbacks(pieces[0])
+        restore_callbacks(pieces[0], self._callbacks)
         self._history = meta.get("history")
 
         def restore_position(iterator):
@@ -439,61 +344,3 @@ class BlockBackup(keras.callbacks.Callback):
     @property
     def _described(self):
         return describe(self._variables, self._loop.ending.replica.parts)
-
-    def _check(self, piece):
-        """Raises ValueError if the backup is of another model."""
-        for n, (theirs, ours) in enumerate(
-            itertools.zip_longest(piece.meta["variables"], self._described)
-        ):
-            if theirs is None or ours is None or theirs[1:] != ours[1:]:
-                raise ValueError(
-                    f"{piece.path} is a backup of another model. Received: for variable {n} "
-                    f"(path, shape, type) {ours}, in the backup {theirs}. Use another directory "
-                    "for another model, or empty this one."
-                )
-
-    def _same(self, piece):
-        """For every variable, the values of this worker's replicas."""
-        for i, (_, shape, dtype) in enumerate(piece.meta["variables"]):
-            yield [from_bytes(piece[f"{r}/{i}"], shape, dtype) for r in range(len(self._replicas))]
-
-    def _redistributed(self, pieces):
-        """As `_same`, from the pieces of other workers."""
-        old = {r: (p, k) for p in pieces for k, r in enumerate(p.meta["replicas"])}
-        metrics = {id(v) for m in self.model.metrics for v in m.variables}
-        shared = {id(g.state) for g in _keras.seed_generators(self.model)}
-        replica = self._loop.ending.replica
-        anew = {id(v) for v in replica.of_this_block}
-        parts = {id(v) for v in replica.parts}
-        for i, variable in enumerate(self._variables):
-            _, shape, dtype = pieces[0].meta["variables"][i]
-
-            def value(replica, i=i, shape=shape, dtype=dtype):
-                piece, k = old[replica]
-                return from_bytes(piece[f"{k}/{i}"], shape, dtype)
-
-            if id(variable) in metrics:  # sums over the replicas
-                first = self._replicas[0] == 0
-                zero = np.zeros_like(value(0))
-                total = sum((value(r) for r in old), zero) if first else zero
-                yield [total if r == 0 else zero for r in self._replicas]
-            elif id(variable) in parts:
-                whole = [value(r) for r in range(len(old))]
-                yield [replica.layout.anew(whole, r) for r in self._replicas]
-            elif id(variable) in anew:
-                yield [np.zeros_like(value(0)) for _ in self._replicas]
-            else:
-                same = id(variable) in shared
-                yield [value(0 if same else r % len(old)) for r in self._replicas]
-
-    def _restore_callbacks(self, piece):
-        for n, (callback, changed) in enumerate(
-            zip(self._callbacks, piece.meta["callbacks"], strict=False)
-        ):
-            vars(callback).update(changed)
-            lists: dict = {}
-            for name in piece:
-                owner, _, rest = name.partition("/")
-                if owner == f"callback-{n}":
-                    lists.setdefault(rest.rpartition("/")[0], []).append(piece[name])
-            vars(callback).update(lists)
