@@ -322,6 +322,20 @@ def meeting(strategy: tf.distribute.Strategy, place: str) -> contextlib.Abstract
     return strategy.meeting(place) if known else contextlib.nullcontext()
 
 
+def any_batch(
+    strategy: tf.distribute.Strategy, marks_none: bool = True
+) -> contextlib.AbstractContextManager:
+    """As `BlockStrategy.any_batch`; nothing for other strategies."""
+    known = isinstance(strategy, BlockStrategy)
+    return strategy.any_batch(marks_none) if known else contextlib.nullcontext()
+
+
+def local_input(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
+    """As `BlockStrategy.local_input`; nothing for other strategies."""
+    known = isinstance(strategy, BlockStrategy)
+    return strategy.local_input() if known else contextlib.nullcontext()
+
+
 def replicas_of(variable, strategy):
     """A variable's TensorFlow variables on this worker's replicas; a single one where it was made
     outside the strategy's scope."""

@@ -9,21 +9,19 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.boundary.header import crc
+from tf_blockmomentum.given import batch_size, fingerprint, in_order, note_iterator
 from tf_blockmomentum.inputs import check_global_batch
 from tf_blockmomentum.optimizer import find
-from tf_blockmomentum.strategy import BlockStrategy, meeting, worker_of
+from tf_blockmomentum.strategy import BlockStrategy, any_batch, local_input, meeting, worker_of
 
 _Trainer = next(c for c in keras.Model.__mro__ if c.__name__ == "TensorFlowTrainer")
 
@@ -108,8 +106,8 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         wanted, strategy = given.arguments, self.distribute_strategy
         x, y = wanted.get("x"), wanted.get("y")
         _check_fit(self)
-        check_global_batch(_batch_size(x, wanted), strategy)
-        _note_iterator(x, strategy)
+        check_global_batch(batch_size(x, wanted), strategy)
+        note_iterator(x, strategy)
         callbacks = wanted.get("callbacks")
         last = _LastCallback()
         if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -121,7 +119,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             wanted["callbacks"] = known
         inside = [getattr(callback, "callback", callback) for callback in known]
         self._tfbm_fit = Fit(
-            data=_fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
+            data=fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
             stops_on_nan=any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in inside),
             counts_steps=bool(wanted.get("steps_per_epoch")),
             keras_callbacks=[
@@ -131,7 +129,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             ],
         )
         try:
-            with _any_batch(strategy):
+            with any_batch(strategy):
                 return original(*given.args, **given.kwargs)
         finally:
             self._tfbm_fit.end()
@@ -143,7 +141,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         _flush(self)
         before, self._tfbm_tests = getattr(self, "_tfbm_tests", False), True
         try:
-            with _any_batch(self.distribute_strategy):
+            with any_batch(self.distribute_strategy):
                 return original(self, *args, **kwargs)
         finally:
             self._tfbm_tests = before
@@ -151,8 +149,8 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
     def predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
         _flush(self)
         strategy = self.distribute_strategy
-        with _any_batch(strategy, marks_none=False), meeting(strategy, "predict"):
-            return original(self, _in_order(x, strategy), *args, **kwargs)
+        with any_batch(strategy, marks_none=False), meeting(strategy, "predict"):
+            return original(self, in_order(x, strategy), *args, **kwargs)
 
     def test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
         _flush(self)
@@ -207,7 +205,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
 
     def reset_metrics(self: Any, original: Callable) -> Any:
         # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
-        with _locally(self.distribute_strategy):
+        with local_input(self.distribute_strategy):
             return original(self)
 
     def make_test(self: Any, original: Callable, force: bool = False) -> Any:
@@ -309,97 +307,6 @@ def _check_fit(model: keras.Model) -> None:
         )
 
 
-def _leaves(x: Any) -> list[Any]:
-    """The arrays of some data; none if it is a dataset or a generator."""
-    leaves = [leaf for leaf in keras.tree.flatten(x) if leaf is not None]
-    return leaves if all(getattr(leaf, "shape", None) is not None for leaf in leaves) else []
-
-
-def _batch_size(x: Any, wanted: dict[str, Any]) -> int | None:
-    """Of the batches that fit will make of its data; None if that is not known."""
-    if isinstance(x, tf.data.Dataset):
-        size = tf.raw_ops.ComputeBatchSize(input_dataset=tf.data.experimental.to_variant(x))
-        return int(size) if size > 0 else None
-    if isinstance(x, keras.utils.PyDataset):
-        first = _leaves(x[0])
-        return len(first[0]) if first else None
-    leaves, size, steps = _leaves(x), wanted.get("batch_size"), wanted.get("steps_per_epoch")
-    if not leaves or size:
-        return size
-    return -(-int(leaves[0].shape[0]) // steps) if steps else 32  # Keras's default
-
-
-def _fingerprint(x: Any, y: Any) -> int:
-    """A checksum of arrays: shapes, first and last rows."""
-    leaves = _leaves((x, y))
-    try:
-        parts = [[np.array(leaf.shape), np.asarray(leaf[:8]), np.asarray(leaf[-8:])]
-                 for leaf in leaves]  # fmt: skip
-        return crc([array for part in parts for array in part])
-    except (TypeError, ValueError, KeyError):  # data frames, sparse and ragged tensors
-        return 0
-
-
-_iterators: weakref.WeakSet = weakref.WeakSet()  # that an earlier fit was given
-
-
-def _note_iterator(x: Any, strategy: tf.distribute.Strategy) -> None:
-    """Warns of a generator that an earlier fit has had: workers have read it ahead by different
-    amounts, so that each would go on with other batches than the others share out."""
-    if not hasattr(x, "__next__") or worker_of(strategy)[1] == 1:
-        return
-    try:
-        used = x in _iterators
-        _iterators.add(x)
-    except TypeError:  # an iterator that cannot be referred to weakly
-        return
-    if used:
-        warnings.warn(
-            f"fit was given a {type(x).__name__} that an earlier fit has read from. Workers read "
-            "ahead by different amounts, so they may now share out different batches, of which "
-            "some examples are used twice and others never. Make it anew for each fit.",
-            stacklevel=2,
-        )
-
-
-def _in_order(x: Any, strategy: tf.distribute.Strategy) -> Any:
-    """Data of which each worker takes its part of every batch, so that the results come in the
-    dataset's order. TensorFlow would share out the files where a dataset reads files."""
-    if worker_of(strategy)[1] == 1:
-        return x
-    policy = tf.data.experimental.AutoShardPolicy
-    if isinstance(x, tf.data.Dataset):
-        chosen = x.options().experimental_distribute.auto_shard_policy
-        if chosen in (policy.AUTO, policy.DATA):
-            options = tf.data.Options()
-            options.experimental_distribute.auto_shard_policy = policy.DATA
-            return x.with_options(options)
-    elif not isinstance(x, tf.distribute.DistributedDataset):
-        return x
-    warn_of_order()
-    return x
-
-
-def warn_of_order() -> None:
-    """Says in which order predictions come."""
-    warnings.warn(
-        "predict's rows come in the order in which the workers hold them: batch by batch, in each "
-        "batch those of worker 0, of worker 1, and so on. For the order of a dataset give predict "
-        "that dataset, undistributed, with no auto_shard_policy of its own.",
-        stacklevel=2,
-    )
-
-
-def _locally(strategy: tf.distribute.Strategy) -> Any:
-    known = isinstance(strategy, BlockStrategy)
-    return strategy.local_input() if known else contextlib.nullcontext()
-
-
-def _any_batch(strategy: tf.distribute.Strategy, marks_none: bool = True) -> Any:
-    known = isinstance(strategy, BlockStrategy)
-    return strategy.any_batch(marks_none) if known else contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def _without_jit(model):
     # strategy.run lifts a jitted function out over all devices, which XLA refuses (tensorflow
@@ -409,75 +316,3 @@ def _without_jit(model):
         yield
     finally:
         model._jit_compile = before
-
-
-# -- where fit is in its data -----------------------------------------------------------------
-
-
-class Epochs:
-    """What fit's own epoch iterator, of which no callback can get hold, knows and can be told.
-
-    Counts the iterators that fit makes, one or two an epoch: each draws the next seed of a
-    dataset that reshuffles, so that a new process has to draw as many.
-    """
-
-    def __init__(self, epoch_iterator):
-        self._epochs = epoch_iterator
-        self._made = 0
-        self._get = epoch_iterator._get_iterator
-        epoch_iterator._get_iterator = self._counting
-
-    def _counting(self):
-        self._made += 1
-        return self._get()
-
-    @property
-    def element_spec(self):
-        return self._get().element_spec
-
-    def state(self, epoch_ended):
-        """A dict for `resume`: whole numbers and None."""
-        epochs = self._epochs
-        goes_on = not epoch_ended or (
-            epochs.steps_per_epoch is not None and epochs._current_iterator is not None
-        )
-        return {
-            "goes_on": goes_on,  # with the iterator it has
-            "iterators": self._made - goes_on,  # before that one
-            "fresh": epoch_ended and epochs._steps_seen == 0,  # and it has given nothing yet
-            "steps_seen": epochs._steps_seen,
-            "num_batches": epochs._num_batches,
-        }
-
-    def resume(self, state, step, restore):
-        """Makes the next epoch begin at `step`, from an iterator given to `restore`."""
-        epochs = self._epochs
-        if epochs._num_batches is None:  # found out when the data first ended
-            epochs._num_batches = state["num_batches"]
-        original = epochs._enumerate_iterator
-
-        def from_step():
-            del epochs._enumerate_iterator  # this epoch only
-            for _ in range(state["iterators"]):
-                iter(self._counting())
-            first = True
-            for begin, end, iterator in original():
-                if begin < step:
-                    continue
-                if first and state["goes_on"]:
-                    epochs._steps_seen = state["steps_seen"] + epochs.steps_per_execution
-                    restore(iterator)
-                first = False
-                yield begin, end, iterator
-
-        epochs._enumerate_iterator = from_step
-
-
-def epochs_of(model):
-    """The `Epochs` of the fit that is beginning."""
-    return Epochs(model._tfbm_epoch_iterator())
-
-
-def set_initial_epoch(model, epoch):
-    """As `BackupAndRestore` does; None takes it back, or the next fit would begin there too."""
-    model._initial_epoch = epoch

@@ -12,7 +12,8 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum._private import trainer as _trainer
+from tf_blockmomentum._private.epochs import epochs_of, set_initial_epoch
+from tf_blockmomentum._private.trainer import fit_of
 from tf_blockmomentum.backup.pieces import to_bytes
 from tf_blockmomentum.backup.restoring import (
     check_variables,
@@ -129,7 +130,7 @@ class BlockBackup(keras.callbacks.Callback):
                 "Use callbacks=[tfbm.BlockTraining(), ..., tfbm.BlockBackup(directory)]."
             )
         self._strategy = model.distribute_strategy
-        self._epochs = _trainer.epochs_of(model)
+        self._epochs = epochs_of(model)
         self._training = training
         self._loop = training.ready_loop(self._epochs.element_spec)
         self._loop.prepare_spec(self._epochs.element_spec)
@@ -137,7 +138,7 @@ class BlockBackup(keras.callbacks.Callback):
         self._worker, self._workers = worker_of(self._strategy)
         self._replicas = replica_ids(self._strategy)
         self._variables = variables_of(model, self._loop)
-        known = [*self._own_callbacks, *_trainer.fit_of(model).keras_callbacks]
+        known = [*self._own_callbacks, *fit_of(model).keras_callbacks]
         inside = [c.callback if isinstance(c, ChiefOnly) else c for c in known]
         self._callbacks = list({id(c): c for c in inside}.values())
         self._begun_with = [plain(vars(callback)) for callback in self._callbacks]
@@ -163,7 +164,7 @@ class BlockBackup(keras.callbacks.Callback):
         self._epoch = epoch
         self._saved_midway = False
         self._restore_history()
-        _trainer.set_initial_epoch(self.model, None)
+        set_initial_epoch(self.model, None)
 
     def on_train_batch_end(self, batch, logs=None):
         due = self.every and self._optimizers[0].blocks >= self._last_blocks + self.every
@@ -187,7 +188,7 @@ class BlockBackup(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._restore_history()
-        _trainer.set_initial_epoch(self.model, None)
+        set_initial_epoch(self.model, None)
 
     # -- SIGTERM ----------------------------------------------------------------------------------
 
@@ -200,9 +201,7 @@ class BlockBackup(keras.callbacks.Callback):
         here = threading.current_thread() is threading.main_thread()
         if here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, note)
-            _trainer.fit_of(self.model).at_end(
-                lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            )
+            fit_of(self.model).at_end(lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         loop.wants_to_leave = False
 
     def _leave_if_asked(self):
@@ -330,7 +329,7 @@ class BlockBackup(keras.callbacks.Callback):
 
         self._epochs.resume(meta["epochs"], step, restore_position)
         over = meta["stopped"] and step == 0
-        _trainer.set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
+        set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
         if self._worker == 0:
             text = f"BlockBackup: going on from {pieces[0].path.parent}"
             if not exact:

@@ -1,6 +1,5 @@
 """The batches that statistics are estimated from: the last of an epoch, or a dataset's."""
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -107,12 +106,6 @@ def distributed(dataset: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]
     if isinstance(strategy, BlockStrategy) and isinstance(dataset, tf.data.Dataset):
         dataset = strategy.experimental_distribute_dataset(dataset)
     return batches_of(dataset, strategy)
-
-
-def any_batch(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
-    """As `BlockStrategy.any_batch`; nothing for other strategies."""
-    known = isinstance(strategy, BlockStrategy)
-    return strategy.any_batch() if known else contextlib.nullcontext()
 
 
 def examples_of(data: Any) -> Any:
