@@ -56,10 +56,9 @@ def _ours(model: keras.Model) -> bool:
     )
 
 
-def _method(make: Callable) -> None:
+def _replace(name: str, make: Callable) -> None:
     """Replaces a method of Keras's trainer, for models with a block strategy or with
     BlockMomentum only."""
-    name = make.__name__
     original = getattr(_Trainer, name)
     original = getattr(original, "_tfbm_original", original)
 
@@ -93,6 +92,161 @@ class _LastCallback(keras.callbacks.Callback):
             training.after_callbacks()
 
 
+def _fit(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    wanted, strategy = given.arguments, self.distribute_strategy
+    x, y = wanted.get("x"), wanted.get("y")
+    _check_fit(self)
+    check_global_batch(batch_size(x, wanted), strategy)
+    note_iterator(x, strategy)
+    callbacks = wanted.get("callbacks")
+    last = _LastCallback()
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        last.set_model(self)  # which the list did for the others when it was made
+        callbacks.callbacks.append(last)
+        known = callbacks.callbacks
+    else:
+        known = [*keras.tree.flatten(callbacks or []), last]
+        wanted["callbacks"] = known
+    inside = [getattr(callback, "callback", callback) for callback in known]
+    self._tfbm_fit = Fit(
+        data=fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
+        stops_on_nan=any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in inside),
+        counts_steps=bool(wanted.get("steps_per_epoch")),
+        keras_callbacks=[
+            c
+            for c, callback in zip(known, inside, strict=True)
+            if type(callback).__module__.startswith("keras.")
+        ],
+    )
+    try:
+        with any_batch(strategy):
+            return original(*given.args, **given.kwargs)
+    finally:
+        self._tfbm_fit.end()
+        self._tfbm_fit = None
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            callbacks.callbacks.remove(last)
+
+
+def _evaluate(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    _flush(self)
+    before, self._tfbm_tests = getattr(self, "_tfbm_tests", False), True
+    try:
+        with any_batch(self.distribute_strategy):
+            return original(self, *args, **kwargs)
+    finally:
+        self._tfbm_tests = before
+
+
+def _predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+    _flush(self)
+    strategy = self.distribute_strategy
+    with any_batch(strategy, marks_none=False), meeting(strategy, "predict"):
+        return original(self, in_order(x, strategy), *args, **kwargs)
+
+
+def _test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+    _flush(self)
+    return original(self, *args, **kwargs)
+
+
+def _predict_on_batch(self: Any, original: Callable, x: Any) -> Any:
+    # The batch is this worker's own: Keras would return it once for each replica.
+    strategy = self.distribute_strategy
+    if not isinstance(strategy, BlockStrategy):
+        return original(self, x)
+
+    @tf.function(autograph=False)
+    def predict(data: Any) -> Any:
+        outputs = strategy.run(self.predict_step, args=(data,))
+        return keras.tree.map_structure(
+            lambda output: strategy.experimental_local_results(output)[0], outputs
+        )
+
+    if worker_of(strategy)[1] == 1:
+        _flush(self)
+    outputs = predict((x,))
+    return keras.tree.map_structure(
+        lambda t: t.numpy() if isinstance(t, tf.Tensor) else t, outputs
+    )
+
+
+def _maybe_symbolic_build(
+    self: Any, original: Callable, iterator: Any = None, data_batch: Any = None
+) -> Any:
+    # Fit's epoch iterator is a local variable of fit, and passes through here just before
+    # callbacks are told of the beginning of training.
+    self._tfbm_epoch_iterator = None if iterator is None else weakref.ref(iterator)
+    strategy = self.distribute_strategy
+    if not isinstance(strategy, BlockStrategy):
+        return original(self, iterator=iterator, data_batch=data_batch)
+    with strategy.local_input():  # only shapes are wanted
+        if iterator is not None:
+            # Without drawing a batch, as on one device: it would be missing from the epoch,
+            # or a thread be left that reads ahead (keras issues 20394, 20425).
+            data = iterator._get_iterator()
+            if not _keras.build(self, data.element_spec):
+                first = next(iter(data))
+                _keras.build_with(self, strategy.reduce("MEAN", first, axis=None))
+            return None
+        return original(self, iterator=iterator, data_batch=data_batch)
+
+
+def _reset_metrics(self: Any, original: Callable) -> Any:
+    # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
+    with local_input(self.distribute_strategy):
+        return original(self)
+
+
+def _make_predict_function(self: Any, original: Callable, force: bool = False) -> Any:
+    if not isinstance(self.distribute_strategy, BlockStrategy):
+        return original(self, force=force)
+    with _without_jit(self):
+        return original(self, force=force)
+
+
+def _get_metrics_result_or_logs(self: Any, original: Callable, logs: Any) -> Any:
+    tests, training = getattr(self, "_tfbm_tests", False), training_of(self)
+    strategy = self.distribute_strategy
+    progress.note("waits for the metrics of all workers")
+    if training is not None and not tests:
+        training.before_epoch_logs()
+    if not isinstance(strategy, BlockStrategy):
+        return original(self, logs)
+    with strategy.meeting("evaluate's metrics" if tests else "fit's metrics"):
+        result = self.get_metrics_result()
+    progress.note("has the metrics of all workers")
+    if tests:  # a test_function of the user's own has none
+        specs = getattr(getattr(self.test_function, "steps", None), "specs", None)
+    else:
+        specs = training and training.log_specs
+    own = logs or specs or result
+    if not isinstance(own, dict) or set(own) == set(result):
+        return result
+    # Not metrics: what a train_step or test_step of the user's returned. A worker without
+    # data has none of its own.
+    return keras.tree.map_structure(
+        lambda value: strategy.mean_over_workers(
+            value if logs else tf.zeros(value.shape), bool(logs)
+        ),
+        own,
+    )
+
+
+_REPLACED: dict[str, Callable] = {
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "test_on_batch": _test_on_batch,
+    "predict_on_batch": _predict_on_batch,
+    "_maybe_symbolic_build": _maybe_symbolic_build,
+    "reset_metrics": _reset_metrics,
+    "make_predict_function": _make_predict_function,
+    "_get_metrics_result_or_logs": _get_metrics_result_or_logs,
+}
+
+
 def install(make_test_function: Callable, between_fits: Callable) -> None:
     """Lets `fit`, `evaluate`, `predict` and `train_on_batch` run in blocks.
 
@@ -101,112 +255,12 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         between_fits: called with a model, returns the `train_function` it has outside fit.
     """
 
-    def fit(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(self, *args, **kwargs)
-        wanted, strategy = given.arguments, self.distribute_strategy
-        x, y = wanted.get("x"), wanted.get("y")
-        _check_fit(self)
-        check_global_batch(batch_size(x, wanted), strategy)
-        note_iterator(x, strategy)
-        callbacks = wanted.get("callbacks")
-        last = _LastCallback()
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            last.set_model(self)  # which the list did for the others when it was made
-            callbacks.callbacks.append(last)
-            known = callbacks.callbacks
-        else:
-            known = [*keras.tree.flatten(callbacks or []), last]
-            wanted["callbacks"] = known
-        inside = [getattr(callback, "callback", callback) for callback in known]
-        self._tfbm_fit = Fit(
-            data=fingerprint(x, y) if worker_of(strategy)[1] > 1 else 0,
-            stops_on_nan=any(isinstance(c, keras.callbacks.TerminateOnNaN) for c in inside),
-            counts_steps=bool(wanted.get("steps_per_epoch")),
-            keras_callbacks=[
-                c
-                for c, callback in zip(known, inside, strict=True)
-                if type(callback).__module__.startswith("keras.")
-            ],
-        )
-        try:
-            with any_batch(strategy):
-                return original(*given.args, **given.kwargs)
-        finally:
-            self._tfbm_fit.end()
-            self._tfbm_fit = None
-            if isinstance(callbacks, keras.callbacks.CallbackList):
-                callbacks.callbacks.remove(last)
-
-    def evaluate(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        _flush(self)
-        before, self._tfbm_tests = getattr(self, "_tfbm_tests", False), True
-        try:
-            with any_batch(self.distribute_strategy):
-                return original(self, *args, **kwargs)
-        finally:
-            self._tfbm_tests = before
-
-    def predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
-        _flush(self)
-        strategy = self.distribute_strategy
-        with any_batch(strategy, marks_none=False), meeting(strategy, "predict"):
-            return original(self, in_order(x, strategy), *args, **kwargs)
-
-    def test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        _flush(self)
-        return original(self, *args, **kwargs)
-
-    def predict_on_batch(self: Any, original: Callable, x: Any) -> Any:
-        # The batch is this worker's own: Keras would return it once for each replica.
-        strategy = self.distribute_strategy
-        if not isinstance(strategy, BlockStrategy):
-            return original(self, x)
-
-        @tf.function(autograph=False)
-        def predict(data: Any) -> Any:
-            outputs = strategy.run(self.predict_step, args=(data,))
-            return keras.tree.map_structure(
-                lambda output: strategy.experimental_local_results(output)[0], outputs
-            )
-
-        if worker_of(strategy)[1] == 1:
-            _flush(self)
-        outputs = predict((x,))
-        return keras.tree.map_structure(
-            lambda t: t.numpy() if isinstance(t, tf.Tensor) else t, outputs
-        )
-
     def make_train_function(self: Any, original: Callable, force: bool = False) -> Any:
         if not _keras.optimizers_of(self, find):
             return original(self, force=force)
         if self.train_function is None or force:
             self.train_function = between_fits(self)
         return self.train_function
-
-    def _maybe_symbolic_build(
-        self: Any, original: Callable, iterator: Any = None, data_batch: Any = None
-    ) -> Any:
-        # Fit's epoch iterator is a local variable of fit, and passes through here just before
-        # callbacks are told of the beginning of training.
-        self._tfbm_epoch_iterator = None if iterator is None else weakref.ref(iterator)
-        strategy = self.distribute_strategy
-        if not isinstance(strategy, BlockStrategy):
-            return original(self, iterator=iterator, data_batch=data_batch)
-        with strategy.local_input():  # only shapes are wanted
-            if iterator is not None:
-                # Without drawing a batch, as on one device: it would be missing from the epoch,
-                # or a thread be left that reads ahead (keras issues 20394, 20425).
-                data = iterator._get_iterator()
-                if not _keras.build(self, data.element_spec):
-                    first = next(iter(data))
-                    _keras.build_with(self, strategy.reduce("MEAN", first, axis=None))
-                return None
-            return original(self, iterator=iterator, data_batch=data_batch)
-
-    def reset_metrics(self: Any, original: Callable) -> Any:
-        # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
-        with local_input(self.distribute_strategy):
-            return original(self)
 
     def make_test(self: Any, original: Callable, force: bool = False) -> Any:
         if not isinstance(self.distribute_strategy, BlockStrategy):
@@ -216,57 +270,12 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
             self.test_function = make_test_function(self)
         return self.test_function
 
-    make_test.__name__ = "make_test_function"
-
-    def make_predict_function(self: Any, original: Callable, force: bool = False) -> Any:
-        if not isinstance(self.distribute_strategy, BlockStrategy):
-            return original(self, force=force)
-        with _without_jit(self):
-            return original(self, force=force)
-
-    def _get_metrics_result_or_logs(self: Any, original: Callable, logs: Any) -> Any:
-        tests, training = getattr(self, "_tfbm_tests", False), training_of(self)
-        strategy = self.distribute_strategy
-        progress.note("waits for the metrics of all workers")
-        if training is not None and not tests:
-            training.before_epoch_logs()
-        if not isinstance(strategy, BlockStrategy):
-            return original(self, logs)
-        with strategy.meeting("evaluate's metrics" if tests else "fit's metrics"):
-            result = self.get_metrics_result()
-        progress.note("has the metrics of all workers")
-        if tests:  # a test_function of the user's own has none
-            specs = getattr(getattr(self.test_function, "steps", None), "specs", None)
-        else:
-            specs = training and training.log_specs
-        own = logs or specs or result
-        if not isinstance(own, dict) or set(own) == set(result):
-            return result
-        # Not metrics: what a train_step or test_step of the user's returned. A worker without
-        # data has none of its own.
-        return keras.tree.map_structure(
-            lambda value: strategy.mean_over_workers(
-                value if logs else tf.zeros(value.shape), bool(logs)
-            ),
-            own,
-        )
-
     for name in ("save", "save_weights", "export"):
         _flushed(name)
-    for replacement in (
-        fit,
-        evaluate,
-        predict,
-        test_on_batch,
-        predict_on_batch,
-        make_train_function,
-        _maybe_symbolic_build,
-        reset_metrics,
-        make_test,
-        make_predict_function,
-        _get_metrics_result_or_logs,
-    ):
-        _method(replacement)
+    _replace("make_train_function", make_train_function)
+    _replace("make_test_function", make_test)
+    for name, replacement in _REPLACED.items():
+        _replace(name, replacement)
 
 
 def _flushed(name: str) -> None:
