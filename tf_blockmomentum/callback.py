@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum import progress
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
@@ -132,8 +132,8 @@ class BlockTraining(keras.callbacks.Callback):
     def attach(self, model: keras.Model) -> None:
         """Takes the model's training over, with the loop of an earlier fit if it fits."""
         self._model = model
-        _keras.unwrap_second_loss_scaling(model)
-        wrappers = _keras.optimizers_of(model, find)
+        _models.unwrap_second_loss_scaling(model)
+        wrappers = _models.optimizers_of(model, find)
         if not wrappers:
             raise ValueError(
                 "BlockTraining needs a model compiled with BlockMomentum. Received: optimizer="
@@ -202,10 +202,10 @@ class BlockTraining(keras.callbacks.Callback):
         """The loop; builds model and optimizer from the spec of a batch if need be."""
         if self._loop is None:
             model = self._model
-            _keras.check_layers(model)
-            _keras.build(model, element_spec)
+            _models.check_layers(model)
+            _models.build(model, element_spec)
             if isinstance(model.distribute_strategy, BlockStrategy):
-                _keras.bring_into_scope(model)
+                _models.bring_into_scope(model)
             self._loop = BlockLoop(
                 model.train_step,
                 self._wrappers,
@@ -213,7 +213,7 @@ class BlockTraining(keras.callbacks.Callback):
                 jit_compile=model_jit(model, self.jit_compile),
                 on_nonfinite=self.on_nonfinite,
             )
-            if self.refresh_statistics and with_statistics(_keras.layers_of(model)):
+            if self.refresh_statistics and with_statistics(_models.layers_of(model)):
                 self._loop.keep(self.refresh_statistics)
             self._begin_fit()
         return self._loop
@@ -238,7 +238,7 @@ class BlockTraining(keras.callbacks.Callback):
             if loop.kept is not None:
                 self.flush()
                 with eagerly(self.model.run_eagerly):
-                    loop.refresh_with(loop.kept.take(), layers=_keras.layers_of(self.model))
+                    loop.refresh_with(loop.kept.take(), layers=_models.layers_of(self.model))
 
     def after_callbacks(self) -> None:
         """Called at the end of an epoch after all callbacks: brings all workers to the same
@@ -262,12 +262,12 @@ class BlockTraining(keras.callbacks.Callback):
         assert self._loop is not None
         model = self._model
         self._loop.ending.observer = self._observer
-        self._loop.begin_fit(lambda: _keras.shared_variables(model), self._fit.data)
+        self._loop.begin_fit(lambda: _models.shared_variables(model), self._fit.data)
         if self._loop.kept is not None:
             self._loop.kept.take()  # of a fit that was interrupted
         stops = self._fit.stops_on_nan and self.on_nonfinite == "raise"
         self._loop.ending.on_nonfinite = "stop" if stops else self.on_nonfinite
-        generators = _keras.seed_generators(model)
+        generators = _models.seed_generators(model)
         ids = replica_ids(model.distribute_strategy) if generators else []
         for generator in generators:
             give_replicas_different_seeds(generator, model.distribute_strategy, ids)
@@ -327,7 +327,7 @@ install(make_test_function, between_fits)
 
 def model_jit(model, jit_compile):
     """Whether to compile a model's steps with XLA; an error if its layers cannot be."""
-    unsupported = [layer.name for layer in _keras.layers_of(model) if not layer.supports_jit]
+    unsupported = [layer.name for layer in _models.layers_of(model) if not layer.supports_jit]
     if jit_compile is True and unsupported:
         raise ValueError(
             "XLA cannot compile this model. Received: BlockTraining(jit_compile=True) and layers "

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum.inputs import none_for_marks
 from tf_blockmomentum.local import NotBuilt
 from tf_blockmomentum.optimizer import find
@@ -135,7 +135,7 @@ class LocalSteps:
         # A plain function around the compiled one: strategy.run would lift a bare
         # tf.function out over all devices, and XLA refuses other devices' variables
         # (tensorflow issue 53140).
-        data = _keras.none_for_optional(none_for_marks(data))
+        data = _models.none_for_optional(none_for_marks(data))
 
         def take() -> Any:
             outputs = self._step(data)

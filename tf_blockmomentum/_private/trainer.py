@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from tf_blockmomentum import progress
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum.given import batch_size, fingerprint, in_order, note_iterator
 from tf_blockmomentum.inputs import check_global_batch
 from tf_blockmomentum.optimizer import find
@@ -52,7 +52,7 @@ def fit_of(model: keras.Model) -> Fit:
 
 def _ours(model: keras.Model) -> bool:
     return isinstance(model.distribute_strategy, BlockStrategy) or bool(
-        _keras.optimizers_of(model, find)
+        _models.optimizers_of(model, find)
     )
 
 
@@ -186,9 +186,9 @@ def _maybe_symbolic_build(
             # Without drawing a batch, as on one device: it would be missing from the epoch,
             # or a thread be left that reads ahead (keras issues 20394, 20425).
             data = iterator._get_iterator()
-            if not _keras.build(self, data.element_spec):
+            if not _models.build(self, data.element_spec):
                 first = next(iter(data))
-                _keras.build_with(self, strategy.reduce("MEAN", first, axis=None))
+                _models.build_with(self, strategy.reduce("MEAN", first, axis=None))
             return None
         return original(self, iterator=iterator, data_batch=data_batch)
 
@@ -256,7 +256,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
     """
 
     def make_train_function(self: Any, original: Callable, force: bool = False) -> Any:
-        if not _keras.optimizers_of(self, find):
+        if not _models.optimizers_of(self, find):
             return original(self, force=force)
         if self.train_function is None or force:
             self.train_function = between_fits(self)
@@ -265,7 +265,7 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
     def make_test(self: Any, original: Callable, force: bool = False) -> Any:
         if not isinstance(self.distribute_strategy, BlockStrategy):
             return original(self, force=force)
-        _keras.bring_into_scope(self)
+        _models.bring_into_scope(self)
         if self.test_function is None or force:
             self.test_function = make_test_function(self)
         return self.test_function
@@ -305,8 +305,8 @@ def _flush(model: keras.Model) -> None:
 def _check_fit(model: keras.Model) -> None:
     """Raises ValueError for what cannot run in blocks, or under a block strategy."""
     strategy = model.distribute_strategy
-    if _keras.optimizers_of(model, find):
-        _keras.check_layers(model)
+    if _models.optimizers_of(model, find):
+        _models.check_layers(model)
     elif model.steps_per_execution > 1 and worker_of(strategy)[1] > 1:
         raise ValueError(
             "With an optimizer of Keras's own, fit is synchronous, and TensorFlow cannot put its "

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum import progress
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum._private.epochs import epochs_of, set_initial_epoch
 from tf_blockmomentum._private.trainer import fit_of
 from tf_blockmomentum.backup.pieces import to_bytes
@@ -303,7 +303,7 @@ class BlockBackup(keras.callbacks.Callback):
                 part.assign(value)
                 if step and id(variable) in metrics:
                     self._metrics.append((part, value))
-        for generator in _keras.seed_generators(model):
+        for generator in _models.seed_generators(model):
             if exact:
                 keep_seeds(generator, self._strategy, self._replicas)
             else:

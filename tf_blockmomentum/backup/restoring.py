@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum.backup.pieces import from_bytes
 from tf_blockmomentum.backup.state import plain
 
@@ -38,7 +38,7 @@ def redistributed(pieces, variables, model, replica, replicas):
     """
     old = {r: (p, k) for p in pieces for k, r in enumerate(p.meta["replicas"])}
     metrics = {id(v) for m in model.metrics for v in m.variables}
-    shared = {id(g.state) for g in _keras.seed_generators(model)}
+    shared = {id(g.state) for g in _models.seed_generators(model)}
     anew = {id(v) for v in replica.of_this_block}
     parts = {id(v) for v in replica.parts}
     for i, variable in enumerate(variables):

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum import progress
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.strategy import meeting
@@ -20,7 +20,7 @@ OFFERED = 16  # newest backups a worker offers to the others when fit begins
 def variables_of(model, loop):
     """All state of a training: the model's, the optimizer's, the metrics', the loop's."""
     metrics = [v for metric in model.metrics for v in metric.variables]
-    optimizers = [model.optimizer, *_keras.optimizers_of(model, find)]  # a GAN has several
+    optimizers = [model.optimizer, *_models.optimizers_of(model, find)]  # a GAN has several
     states = [v for optimizer in optimizers if optimizer for v in optimizer.variables]
     found = [*model.variables, *states, *metrics, *loop.variables]
     return list({id(v): v for v in found}.values())

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum._private.tensorflow import variables_made, variables_written
 from tf_blockmomentum._private.trainer import training_of
 from tf_blockmomentum.boundary.exchange import gather
@@ -88,8 +89,10 @@ def refresh_statistics(
         x, _, _ = keras.utils.unpack_x_y_sample_weight(data)
         model(x, training=True)
 
-    jit = resolve_jit(jit_compile) and all(layer.supports_jit for layer in _keras.layers_of(model))
-    refresh = Refresh(forward, strategy, jit, layers=_keras.layers_of(model))
+    jit = resolve_jit(jit_compile) and all(
+        layer.supports_jit for layer in _models.layers_of(model)
+    )
+    refresh = Refresh(forward, strategy, jit, layers=_models.layers_of(model))
     with any_batch(strategy):
         refresh(distributed(dataset, strategy))
     return model

@@ -8,7 +8,7 @@ import keras
 import keras_tuner as kt
 import numpy as np
 
-from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum._private import models as _models
 from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.landing import check_overlap
 from tf_blockmomentum.optimizer import BlockMomentum, find
@@ -132,7 +132,7 @@ class BlockMomentumHyperModel(kt.HyperModel):
                 inner = inner.inner_optimizer  # compile will wrap it again
             if self._inner:
                 inner.learning_rate = hp.Float(INNER, *self._inner, sampling="log")
-            _keras.recompile(
+            _models.recompile(
                 model,
                 BlockMomentum(
                     inner,
