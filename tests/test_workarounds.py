@@ -3,8 +3,8 @@
 Where a test here fails, the fault is gone from the versions installed: its docstring names what
 can then go from the package, once the oldest supported versions are without it too. Not here,
 since a test of it would wait or be a matter of luck: the buffer on the device
-(`strategy._no_device_buffer`, a crash in one of some 60 fits), an iterator that is left over when
-the process ends (`BlockLoop._iterator`), and SIGTERM's handler, which tests/test_failures.py has.
+(`inputs.no_device_buffer`, a crash in one of some 60 fits), an iterator that is left over when
+the process ends (`data.Data`), and SIGTERM's handler, which tests/test_failures.py has.
 """
 
 import functools

@@ -11,7 +11,8 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private import models as _models
 from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.boundary.observer import Observer
-from tf_blockmomentum.loop import BlockLoop, check_on_nonfinite, check_together
+from tf_blockmomentum.checks import check_on_nonfinite
+from tf_blockmomentum.loop import BlockLoop, check_together
 from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.seeds import give_replicas_different_seeds, replica_ids
 from tf_blockmomentum.statistics.layers import with_statistics

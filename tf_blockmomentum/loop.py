@@ -2,7 +2,6 @@
 
 import contextlib
 import numbers
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,12 +9,13 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.ending import Ending
-from tf_blockmomentum.checks import check_number
+from tf_blockmomentum.checks import check_number, check_on_nonfinite
+from tf_blockmomentum.data import Data
 from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.start import start_alike
 from tf_blockmomentum.statistics.batches import LastBatches, batches_of
 from tf_blockmomentum.statistics.refresh import Refresh
-from tf_blockmomentum.steps import LocalSteps, explaining_xla, next_batch, resolve_jit
+from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import check_strategy
 
 
@@ -102,12 +102,7 @@ class BlockLoop:
             check_on_nonfinite(on_nonfinite),
         )
         self._position = 0  # local steps since the last boundary
-        # Batches taken from the present iterator. It is not kept alive: TensorFlow may wait
-        # forever for one that is left over when the process ends.
-        self._iterator: Callable[[], Any] = lambda: None
-        self._taken = 0
-        self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
-        self._finished: Callable[[], Any] = lambda: None  # whose end all replicas have reached
+        self.data = Data(self._strategy)
         self._traced = False
         self.wants_to_stop = False  # this worker, at the next boundary, with all others
         self.wants_to_leave = False  # and to end the process
@@ -240,31 +235,30 @@ class BlockLoop:
                 f"{type(iterator).__name__}."
             )
         check_number("steps", steps, numbers.Integral, "a whole number of at least 1", 1)
-        if self.has_finished(iterator):
+        if self.data.has_finished(iterator):
             raise StopIteration
         self.prepare(lambda: self._local_steps.trace(iterator, peek))
         self.begin()
         logs, remaining = None, steps
         while remaining > 0:
             wanted = min(remaining, max(self.ending.next_stop - self._position, 1))
-            first, self._lookahead = self._lookahead, None
-            first = first[1] if first and first[0] is iterator else None
+            first = self.data.take_seen(iterator)
             span = self.ending.observer.span("steps", lambda: self._local_steps.traces)
             with explaining_xla(self._jit), span:
                 taken, new_logs, following = self.take_steps(iterator, wanted, first, peek)
             self._position += taken
-            self._count(iterator, taken)
+            self.data.count(iterator, taken)
             remaining -= taken
             if taken:
                 logs = new_logs
             ended = taken < wanted or (last and remaining == 0)
             if peek and not ended:
                 ended = not bool(following.has_value())
-                self._lookahead = None if ended else (iterator, following)
+                if not ended:
+                    self.data.note_seen(iterator, following)
             self._come_to_a_stop(ended)
             if ended:
-                over = taken < wanted or not last
-                self._finished = weakref.ref(iterator) if over else lambda: None
+                self.data.note_end(iterator, over=taken < wanted or not last)
                 break
         if remaining == steps:
             raise StopIteration
@@ -338,23 +332,6 @@ class BlockLoop:
         self.ending.weights_set |= bool(found)
 
     @property
-    def batches(self) -> tuple[Any, int, bool]:
-        """The present iterator, how many of its batches have been trained on, and whether
-        one more has been taken from it already."""
-        iterator = self._iterator()
-        one_more = self._lookahead is not None and self._lookahead[0] is iterator
-        return iterator, self._taken, one_more
-
-    def _count(self, iterator: Any, batches: int) -> None:
-        if self._iterator() is not iterator:
-            self._iterator, self._taken = weakref.ref(iterator), 0
-        self._taken += batches
-
-    def has_finished(self, iterator: Any) -> bool:
-        """Whether all replicas have come to the end of this iterator's data."""
-        return self._finished() is iterator
-
-    @property
     def variables(self) -> list[Any]:
         """Its own state besides `position`."""
         return self.ending.replica.variables
@@ -366,23 +343,6 @@ class BlockLoop:
         self._position = position
         self.ending.go_on()
         self.ending.forget_assignments()
-
-    def skip(self, iterator: Any, count: int, taken: int = 0) -> None:
-        """Takes `count` batches without training on them, on this worker alone; `taken`
-        more have been taken from the iterator already."""
-        strategy = self._strategy
-
-        @tf.function(autograph=False)
-        def take(iterator: Any, count: tf.Tensor) -> None:
-            tf.while_loop(
-                lambda i, more: tf.logical_and(i < count, more),
-                lambda i, more: (i + 1, next_batch(iterator, strategy).has_value()),
-                (tf.constant(0), tf.constant(True)),
-            )
-
-        if count:
-            take(iterator, tf.constant(count))
-        self._count(iterator, count + taken)
 
     def begin_epoch(self) -> None:
         """Forgets that data had ended, and whether to stop."""
@@ -434,12 +394,3 @@ def check_together(wrappers: Sequence[Any]) -> list[BlockMomentum]:
             f"the same number for `sync_period`, and the same `overlap`. Received: {received}."
         )
     return found
-
-
-def check_on_nonfinite(on_nonfinite: str) -> str:
-    """Returns `on_nonfinite` if it is one of the two."""
-    if on_nonfinite in ("raise", "skip"):
-        return on_nonfinite
-    raise ValueError(
-        f'`on_nonfinite` must be "raise" or "skip". Received: on_nonfinite={on_nonfinite!r}.'
-    )

@@ -235,7 +235,7 @@ class BlockBackup(keras.callbacks.Callback):
     def _save(self, epoch, step, over=False, logs=None):
         """`over`: the fit has come to its end. `logs`: of the epoch that ends."""
         progress.note("writes a backup")
-        iterator, batches, one_more = self._loop.batches
+        iterator, batches, one_more = self._loop.data.batches
         epochs = self._epochs.state(epoch_ended=step == 0)
         meta = {
             "format": 1,
@@ -323,9 +323,9 @@ class BlockBackup(keras.callbacks.Callback):
             data = pieces[0] if exact and isinstance(iterator, tf.data.Iterator) else {}
             if "data/index" in data:
                 set_position(iterator, data)
-                self._loop.skip(iterator, 0, taken=batches)
+                self._loop.data.skip(iterator, 0, taken=batches)
             else:
-                self._loop.skip(iterator, batches)
+                self._loop.data.skip(iterator, batches)
 
         self._epochs.resume(meta["epochs"], step, restore_position)
         over = meta["stopped"] and step == 0

@@ -145,7 +145,7 @@ class TrialTraining(BlockTraining):
                 raise
             except Exception as error:
                 self.leave(error)
-        while not (loop.has_finished(iterator) or loop.ending.all_ended):
+        while not (loop.data.has_finished(iterator) or loop.ending.all_ended):
             with eagerly(self.model.run_eagerly):
                 try:
                     loop._end_block(ended=True)
