@@ -1,5 +1,7 @@
 """An independent M-AVG in NumPy, written from the paper's loops."""
 
+import functools
+
 import numpy as np
 
 
@@ -32,6 +34,12 @@ class Float16:
 def uncompressed(deltas, which=0):
     """As `Float16`, of deltas that travel as they are."""
     return deltas, deltas.mean(0)
+
+
+def shaped_as(weights, flat):
+    """A flat array cut into arrays of the shapes of `weights`."""
+    parts = np.split(flat, np.cumsum([np.size(w) for w in weights])[:-1])
+    return [p.reshape(np.shape(w)) for p, w in zip(parts, weights, strict=True)]
 
 
 def m_avg(
@@ -101,11 +109,7 @@ def overlapped_m_avg(
     beta, zeta = block_momentum, block_learning_rate
     anchor = np.concatenate([np.ravel(w) for w in weights]).astype(np.float64)
     velocity = np.zeros_like(anchor)
-    ends = np.cumsum([np.size(w) for w in weights])[:-1]
-
-    def lists(flat):
-        parts = np.split(flat, ends)
-        return [p.reshape(np.shape(w)) for p, w in zip(parts, weights, strict=True)]
+    lists = functools.partial(shaped_as, weights)
 
     def outer_step(anchor, velocity, delta):
         velocity = beta * velocity + zeta * delta
@@ -184,11 +188,7 @@ def overlapped(
     """
     anchor = np.concatenate([np.ravel(w) for w in weights]).astype(np.float64)
     state, adapted = 0.0, schedule.initial
-    ends = np.cumsum([np.size(w) for w in weights])[:-1]
-
-    def lists(flat):
-        parts = np.split(flat, ends)
-        return [p.reshape(np.shape(w)) for p, w in zip(parts, weights, strict=True)]
+    lists = functools.partial(shaped_as, weights)
 
     def land(flight):
         nonlocal anchor, state, adapted
