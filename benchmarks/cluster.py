@@ -4,9 +4,10 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 from pathlib import Path
+
+from tf_blockmomentum.launch import free_ports
 
 DEVICE = "tfbm0"  # a worker's end of the link, in its namespace
 
@@ -49,21 +50,38 @@ def inside(name, command):
 
 def launch(places, python, script, arguments, limit, gpu=False):
     """Runs a script on one worker per place, each on a core (or a GPU) of its own, with TF_CONFIG
-    set. Returns the JSON lines that worker 0 prints."""
-    ports = []
-    for _ in places:
-        with socket.socket() as s:
-            s.bind(("", 0))
-            ports.append(s.getsockname()[1])
-    addresses = [f"{address}:{port}" for (_, address), port in zip(places, ports, strict=True)]
-    processes = []
+    set. Returns the JSON lines that worker 0 prints; what went wrong after some is printed.
+    Raises OSError if there are none."""
     cores = sorted(os.sched_getaffinity(0))
+    commands, changes = [], []
     for i, (prefix, _) in enumerate(places):
-        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
-        environment = {**os.environ, "TF_CONFIG": json.dumps(task), "TF_CPP_MIN_LOG_LEVEL": "2"}
-        environment["CUDA_VISIBLE_DEVICES"] = str(i) if gpu else ""
         pinned = [] if gpu else ["taskset", "-c", str(cores[i % len(cores)])]
-        command = [*prefix, *pinned, str(python), str(script), *arguments]
+        commands.append([*prefix, *pinned, str(python), str(script), *arguments])
+        changes.append({"CUDA_VISIBLE_DEVICES": str(i) if gpu else ""})
+    rows, error = finished(start(commands, changes, [address for _, address in places]), limit)
+    if not rows:
+        raise OSError(error or "no output")
+    if error:
+        print(f"after its results: {error}", flush=True)
+    return rows
+
+
+def start(commands, changes, addresses=()):
+    """Starts a worker for each command, which has its output read if it is the first.
+
+    Args:
+        commands: each a list.
+        changes: for each, what is to be set in its environment.
+        addresses: for each, of the machine it is on; none: each is alone, without TF_CONFIG.
+    """
+    ports = free_ports(len(addresses))
+    workers = [f"{address}:{port}" for address, port in zip(addresses, ports, strict=True)]
+    processes = []
+    for i, (command, change) in enumerate(zip(commands, changes, strict=True)):
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, **change}
+        if workers:
+            task = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": i}}
+            environment["TF_CONFIG"] = json.dumps(task)
         pipe = subprocess.DEVNULL if i else subprocess.PIPE
         processes.append(
             subprocess.Popen(
@@ -71,21 +89,36 @@ def launch(places, python, script, arguments, limit, gpu=False):
                 start_new_session=True,
             )
         )  # fmt: skip
+    return processes
+
+
+def finished(processes, limit):
+    """Waits for workers for some seconds, and ends those that are left. Returns the JSON lines
+    that the first has printed, and what went wrong with it, or None."""
+    error = None
     try:
-        printed, errors = processes[0].communicate(timeout=limit)
-        for process in processes[1:]:
-            process.wait(timeout=30)
+        printed, complaints = processes[0].communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        printed, errors = "", f"not done after {limit} s"
-    finally:
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    if not rows:
-        raise OSError((errors.strip().splitlines() or ["no output"])[-1])
-    return rows
+        error = f"not done after {limit:.0f} s"
+        end(processes)
+        printed, complaints = processes[0].communicate()
+    else:
+        end(processes[1:], patience=30)
+    if error is None and processes[0].returncode:
+        error = f"exit status {processes[0].returncode}"
+    if error:
+        error += ": " + "\n".join(complaints.strip().splitlines()[-25:])
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")], error
+
+
+def end(processes, patience=0):
+    """Ends processes, and those that they have started, after some seconds each."""
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def bytes_sent():

@@ -10,16 +10,13 @@ takes nothing with it. Prints a report and writes `gpu_check.md` and `gpu_check.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from tf_blockmomentum.launch import free_ports
+import cluster
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/gpu-check")
@@ -75,49 +72,14 @@ def run(part: str, quick: bool, limit: float) -> dict:
     """A part's rows, and an error if it did not come to its end."""
     workers = 2 if part in ("two", "overlap") else 1
     command = [sys.executable, str(HERE / "gpu_parts.py"), part, *["--quick"] * quick]
-    environment = {
-        **os.environ,
-        "TF_CPP_MIN_LOG_LEVEL": os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2"),
+    change = {
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",  # processes share a GPU
         "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]),
     }
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(workers)]
-    processes = []
-    for index in range(workers):
-        if workers > 1:
-            task = {"type": "worker", "index": index}
-            environment["TF_CONFIG"] = json.dumps({"cluster": {"worker": addresses}, "task": task})
-        pipe = subprocess.DEVNULL if index else subprocess.PIPE
-        processes.append(
-            subprocess.Popen(
-                command, env=environment, stdout=pipe, stderr=pipe, text=True,
-                start_new_session=True,
-            )
-        )  # fmt: skip
-    error = None
-    try:
-        printed, complaints = processes[0].communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        error = f"not done after {limit:.0f} s"
-        end(processes)
-        printed, complaints = processes[0].communicate()
-    else:
-        end(processes[1:], patience=20)
-    if error is None and processes[0].returncode:
-        error = f"exit status {processes[0].returncode}"
-    if error:
-        error += ": " + "\n".join(complaints.strip().splitlines()[-25:])
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    addresses = ["127.0.0.1"] * workers if workers > 1 else []
+    started = cluster.start([command] * workers, [change] * workers, addresses)
+    rows, error = cluster.finished(started, limit)
     return {"rows": rows, "error": error}
-
-
-def end(processes: list[subprocess.Popen], patience: float = 0) -> None:
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=patience)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def section(part: str, result: dict) -> str:
