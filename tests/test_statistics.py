@@ -9,7 +9,7 @@ import tensorflow as tf
 from helpers import crossentropy, examples, replica_values, scope, unknown_length
 
 import tf_blockmomentum as tfbm
-from tf_blockmomentum import statistics
+from tf_blockmomentum.statistics.layers import with_statistics
 
 SHARE, STEPS = 4, 11  # examples a replica and step; the last block of 4 is cut short
 NAMES = ("moving_mean", "moving_variance")
@@ -298,4 +298,4 @@ def test_a_model_without_statistics_keeps_no_batches():
     x = np.ones([8, 6], "float32")
     model.fit(x, x, batch_size=4, verbose=0, callbacks=[training])
     assert training._loop.kept is None
-    assert statistics.with_statistics(model.layers) == []
+    assert with_statistics(model.layers) == []

@@ -430,7 +430,7 @@ def test_what_distribute_refuses(tmp_path, monkeypatch):
 def test_several_workers_need_distribute(monkeypatch):
     hypermodel = tfbm.tuner.BlockMomentumHyperModel(build)
     model, _ = space(hypermodel)
-    monkeypatch.setattr(tfbm.tuner, "process_count", lambda strategy: 2)
+    monkeypatch.setattr("tf_blockmomentum.tuner.search.process_count", lambda strategy: 2)
     with pytest.raises(
         ValueError, match=r"every worker search on its own.*tfbm\.tuner\.distribute"
     ):
