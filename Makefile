@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick bench-peers
-.PHONY: gpu-check chaos lint format clean
+.PHONY: gpu-check chaos docs lint format clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
@@ -66,6 +66,11 @@ gpu-check: $(VENV)/installed-examples
 chaos: $(VENV)/installed-examples
 	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
+# The docs as a site, in the folder site. Warnings are errors.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "Open site/index.html; with search: python3 -m http.server --directory site"
+
 lint: $(VENV)/installed-all
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -91,4 +96,4 @@ $(VENV)/installed-%: $(VENV)/bin/python setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info
+	rm -rf $(VENV) .venv-oldest build site *.egg-info

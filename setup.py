@@ -17,10 +17,16 @@ TUNER = [
 BENCH = [
     "tf_keras>=2.20",  # Keras 2, a contender
 ]
+RUFF = "ruff==0.17.6"  # exact, so that the gate says the same tomorrow
+DOCS = [
+    "mkdocs-material>=9.7,<10",  # MkDocs and a theme: pages, search and dark mode without code
+    "mkdocstrings[python]>=1.0",  # the API from the docstrings, without importing TensorFlow
+    "latex2mathml>=3.77",  # formulas as MathML, so that no page loads a script for them
+    RUFF,  # breaks long signatures into lines
+]
 DEV = [
-    # Exact, so that the gate says the same tomorrow.
-    "ruff==0.17.6",
-    "mypy==2.4.1",
+    RUFF,
+    "mypy==2.4.1",  # exact, as ruff is
     "pytest>=9.0",
     "pytest-timeout>=2.4",
     "pytest-xdist>=3.8",  # tracing is one thread's work; two cores halve the wait
@@ -55,8 +61,9 @@ setup(
         "tuner": TUNER,
         "plot": PLOT,
         "bench": EXAMPLES + BENCH,
+        "docs": DOCS,
         "dev": DEV,
-        "all": EXAMPLES + TUNER + DEV,
+        "all": EXAMPLES + TUNER + DOCS + DEV,
     },
     entry_points={
         "console_scripts": [

@@ -82,9 +82,10 @@ def write(records, folder, quick):
         studies[run.study].append(run)
     command = "make evidence-quick" if quick else "make evidence"
     source = (
-        f"Written by `{command}` from the {len(runs)} runs in "
+        "This page shows what block momentum gains, and where it does not help. It is written by "
+        f"`{command}` from the {len(runs)} runs in "
         "[evidence_runs.csv](evidence_runs.csv); what follows is all theirs, also where it speaks "
-        "against the method. What we make of it is in [tuning.md](tuning.md)."
+        "against the method. What we make of it is in [choose.md](choose.md)."
     )
     terms = (
         "P replicas are logical CPU devices of one process, each with batches of "
