@@ -1,23 +1,39 @@
-"""What MkDocs calls while it builds the site (`make docs`): formulas become MathML, which browsers
-render by themselves."""
+"""What MkDocs calls while it builds the site (`make docs`).
+
+Links that name a file, which is right where files are read, name the page. Formulas become MathML,
+which browsers render by themselves.
+"""
 
 import html
 import re
+from pathlib import Path
 
 from latex2mathml.converter import convert
 
+_LINK = re.compile(r"\[(\w+\.md)\]\(")
 _MARKED = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 
 
+def on_page_markdown(markdown: str, config, **_) -> str:
+    """Gives links the titles of pages."""
+
+    def titled(found: re.Match) -> str:
+        first = Path(config.docs_dir, found[1]).read_text().partition("\n")[0]
+        return f"[{first.removeprefix('# ')}]("
+
+    return _LINK.sub(titled, markdown)
+
+
 def on_page_content(content: str, **_) -> str:
-    """Renders what pymdownx.arithmatex has marked."""
+    """Renders the formulas that pymdownx.arithmatex has marked."""
     return _MARKED.sub(_rendered, content)
 
 
 def _rendered(found: re.Match) -> str:
-    display = "block" if found["tag"] == "div" else "inline"
     # The converter knows `aligned` by its other name.
     tex = html.unescape(found["tex"]).replace("{aligned}", "{align*}")
-    return convert(tex, display=display)
+    if found["tag"] == "span":
+        return convert(tex)
+    return f'<div class="formula">{convert(tex, display="block")}</div>'

@@ -61,7 +61,10 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
     assert plan.main(predict[1:]) == 0
     alone = capsys.readouterr().out
 
-    for diff in blocks("diff"):
+    two_workers, *later = blocks("diff")
+    script = changed(script, two_workers)
+    assert [script] == blocks('python title="train.py, for workers"')
+    for diff in later:
         script = changed(script, diff)
     (tmp_path / "train.py").write_text(script)
     status, first = interrupted_at("[worker 0] Epoch 4/", launch)
