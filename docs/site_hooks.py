@@ -14,10 +14,17 @@ _LINK = re.compile(r"\[(\w+\.md)\]\(")
 _MARKED = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
+# Whoever searches has a message or a question, and seldom looks for a row of numbers.
+_SEARCH = {
+    "errors.md": {"boost": 4},
+    "evidence.md": {"boost": 0.2},
+    "speed_tables.md": {"exclude": True},
+}
 
 
-def on_page_markdown(markdown: str, config, **_) -> str:
-    """Gives links the titles of pages."""
+def on_page_markdown(markdown: str, page, config, **_) -> str:
+    """Gives links the titles of pages, and pages their weight in a search."""
+    page.meta["search"] = _SEARCH.get(page.file.src_uri, {})
 
     def titled(found: re.Match) -> str:
         first = Path(config.docs_dir, found[1]).read_text().partition("\n")[0]

@@ -48,7 +48,7 @@ def interrupted_at(words, command):
         process.stdout.close()
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (script,), (use,) = blocks('python title="train.py"'), blocks('python title="use.py"')
@@ -70,7 +70,7 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
     status, first = interrupted_at("[worker 0] Epoch 4/", launch)
     assert status == 128 + signal.SIGINT, first
     assert len(os.listdir("backup")) > 1
-    done = launching.run(*launch[1:], limit=120)
+    done = launching.run(*launch[1:], limit=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "] Epoch 3/20" not in done.stdout
 
