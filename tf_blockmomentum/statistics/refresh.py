@@ -22,7 +22,7 @@ from tf_blockmomentum.statistics.layers import Statistics, with_statistics
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import any_batch, check_strategy, meeting, replicas_of
 
-DEFAULT = 16  # batches; docs/your_script.md has what was measured
+DEFAULT = 16  # batches; docs/measured.md has why
 
 
 def refresh_statistics(
