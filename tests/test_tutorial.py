@@ -66,13 +66,16 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
     assert [script] == blocks('python title="train.py, for workers"')
     for diff in later:
         script = changed(script, diff)
+    (after_fit,) = blocks("python")
+    script += after_fit
     (tmp_path / "train.py").write_text(script)
     status, first = interrupted_at("[worker 0] Epoch 4/", launch)
     assert status == 128 + signal.SIGINT, first
     assert len(os.listdir("backup")) > 1
     done = launching.run(*launch[1:], limit=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "] Epoch 3/20" not in done.stdout
+    assert "] Epoch 3/12" not in done.stdout
+    assert (tmp_path / "final.keras").exists()
 
     (tmp_path / "use.py").write_text(use)
     runpy.run_path("use.py")
