@@ -128,6 +128,47 @@ def test_tensorflows_chatter(tmp_path, level, gone, left, mode):
         assert text in done.stderr
 
 
+LEAVES = r"""
+print("E0000 00:00:1795699098.916157   26604 base_collective_executor.cc:252] BaseCollective"
+      "Executor::StartAbort UNAVAILABLE: Failed to send RPC to coordination service.\n"
+      "Additional GRPC error information from remote target /job:worker/replica:0/task:0\n"
+      ":UNKNOWN:Error received from peer  {grpc_status:14}\nmine", file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["pass", "raise KeyError('gone')", "os._exit(3)"])
+def test_that_others_have_left_is_said_to_those_who_fail(tmp_path, how):
+    """In TensorFlow's own words, before the traceback; one that ends well has not missed them."""
+    done = run("--workers", 1, "--output", "first", write(tmp_path, LEAVES + how))
+    said = done.stderr.splitlines()
+    found = [text for text in ("StartAbort", "GRPC", "grpc_status") if text in done.stderr]
+    assert len(found) == (0 if how == "pass" else 3)
+    assert "mine" in said
+    if "raise" in how:
+        assert said.index("mine") < said.index(
+            ":UNKNOWN:Error received from peer  {grpc_status:14}"
+        )
+        assert done.stderr.index("grpc_status") < done.stderr.index("Traceback")
+
+
+@pytest.mark.timeout(120)
+def test_workers_that_end_at_different_times_end_without_a_word(tmp_path):
+    """With the chief last but one, so that one outlives it, and it outlives one."""
+    script = write(
+        tmp_path,
+        "import tf_blockmomentum as tfbm\n"
+        "tfbm.MultiWorkerBlockStrategy()\n"
+        "time.sleep([3, 0, 6][index])",
+    )
+    logs = ["--log-dir", tmp_path, "--heartbeat", 1]
+    done = run("--workers", 3, *logs, script, limit=100)
+    assert done.returncode == 0
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[1:] == []  # the first: what was shared out
+    for index in (0, 2):  # TensorFlow did say it
+        assert "StartAbort UNAVAILABLE" in (tmp_path / f"worker-{index}.log").read_text()
+
+
 # -- the end of a failed job ----------------------------------------------------------------------
 
 FAILS = (

@@ -1,6 +1,7 @@
 """The workers of one start of a job: begun, watched and ended."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 from tf_blockmomentum import progress
 from tf_blockmomentum.launch import cluster
+from tf_blockmomentum.launch.chatter import LOG_LEVEL
 from tf_blockmomentum.launch.failures import PREEMPTED, Failure, in_order, reason
-from tf_blockmomentum.launch.output import LOG_LEVEL, Output, WorkerOutput
+from tf_blockmomentum.launch.output import Output, WorkerOutput
 from tf_blockmomentum.launch.patience import Patience
 
 SETTLE_SECONDS = 0.3  # after the first failure, for others of the same moment
@@ -74,7 +76,7 @@ class Job:
                 stderr=output.stderr,
                 start_new_session=True,  # a process group of its own, ended as a whole
             )
-            output.start()
+            output.start(functools.partial(_has_ended_well, self._processes[index]))
         remote = {i: address for i, address in others.items() if i not in self._processes}
         self._patience = Patience(self._addresses, remote, self._output.screen.say)
 
@@ -222,6 +224,13 @@ class Job:
 
     def _status(self, index: int) -> str:
         return os.path.join(self._folder.name, f"worker-{index}")
+
+
+def _has_ended_well(process: subprocess.Popen) -> bool:
+    """Of one that has closed its output; or it was preempted and ended in order."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(timeout=1) in (0, PREEMPTED)
+    return False
 
 
 def _no_core_dump(pid: int) -> None:

@@ -13,10 +13,11 @@ import sys
 import tempfile
 import termios
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
+from tf_blockmomentum.launch.chatter import LOG_LEVEL, Quiet
+
 AS_IT_IS, NUMBERED, HIDDEN = "as it is", "numbered", "hidden"  # how a worker's lines are shown
 _KEPT = 400  # of a worker's last lines, for the account of its failure
 _LONGEST = 1 << 16  # characters of one line
@@ -129,8 +130,13 @@ class WorkerOutput:
         self.stdout, self.stderr = ends
         self.resize()
 
-    def start(self) -> None:
-        """Begins to read, once the worker has been started."""
+    def start(self, ended_well: Callable[[], bool]) -> None:
+        """Begins to read, once the worker has been started.
+
+        Args:
+            ended_well: whether the worker has; asked when it has closed its output.
+        """
+        self._ended_well = ended_well
         for end in {self.stdout, self.stderr}:
             os.close(end)
         self._thread = threading.Thread(target=self._copy, daemon=True)
@@ -183,7 +189,7 @@ class WorkerOutput:
                 self._output.warn(
                     f"worker {self._index}'s log has gaps, it cannot be written: {error}"
                 )
-        heard, lines = stream.take(data)
+        heard, lines = stream.take(data, drop=not data and self._ended_well())
         self._last.extend(lines)
         if self._how == NUMBERED:
             numbered = "".join(f"[worker {self._index}] {line.rstrip()}\n" for line in lines)
@@ -197,15 +203,16 @@ class _Stream:
 
     def __init__(self, target: Any) -> None:
         self.target = target
-        self._quiet = _Quiet(os.environ.get(LOG_LEVEL))
+        self._quiet = Quiet(os.environ.get(LOG_LEVEL))
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._line = ""
         self.last: collections.deque[str] = collections.deque(maxlen=_KEPT)
 
-    def take(self, data: bytes) -> tuple[bytes, list[str]]:
+    def take(self, data: bytes, drop: bool = False) -> tuple[bytes, list[str]]:
         """Takes what was written, nothing at the end; returns what is not chatter, and the lines
-        that are complete. What a carriage return overwrites is a line too."""
-        heard = self._quiet.heard(data, end=not data)
+        that are complete. What a carriage return overwrites is a line too. `drop`: the worker
+        has ended well, so that what was held back was none of its failure."""
+        heard = self._quiet.heard(data, end=not data, drop=drop)
         text = self._line + self._decoder.decode(heard, not data)
         *lines, self._line = re.split(r"\r*\n|\r(?=.)", text)
         if self._line and (not data or len(self._line) > _LONGEST):
@@ -229,54 +236,6 @@ def _last_traceback(lines: list[str], most: int) -> list[str]:
         if re.match(r"Current thread .*most recent call first", lines[i]):
             return list(itertools.takewhile(bool, lines[i:]))[: most + 1]
     return []
-
-
-class _Quiet:
-    """Leaves out what TensorFlow writes before it reads `TF_CPP_MIN_LOG_LEVEL`, by its rules.
-
-    In TensorFlow 2.21 every process writes some lines however the variable is set, such as
-    "I0000 00:00:1795675668.196982 24185 cudart_stub.cc:31] Could not find cuda drivers".
-    """
-
-    _TEXTS = (
-        b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
-        b"To enable the following instructions: ",
-    )
-
-    def __init__(self, level: str | None) -> None:
-        number = int(level) if level and level.isdigit() else 2 if level is None else 0
-        self._severities = b"IWE"[: max(0, number)]
-        self._held, self._in_line = b"", False
-
-    def heard(self, data: bytes, end: bool = False) -> bytes:
-        """What is left of `data`; the beginning of a line that may be chatter is held back."""
-        if not self._severities:
-            return data
-        left = []
-        for line in (self._held + data).splitlines(keepends=True):
-            if self._in_line:
-                left.append(line)
-            elif not line.endswith(b"\n") and not end and self._may_be_chatter(line):
-                self._held = line
-                return b"".join(left)
-            elif not self._is_chatter(line):
-                left.append(line)
-            self._in_line = not line.endswith((b"\n", b"\r"))
-        self._held = b""
-        return b"".join(left)
-
-    def _is_chatter(self, line: bytes) -> bool:
-        if line.startswith(self._TEXTS):
-            return True
-        found = re.match(rb"([IWEF])\d{4} \d\d:\d\d:[\d.]+ +\d+ (\S+:\d+)\]", line)
-        if not found:
-            return False
-        # That there is no GPU is no error.
-        return found[1] in self._severities or found[2].startswith(b"cuda_platform")
-
-    def _may_be_chatter(self, line: bytes) -> bool:
-        texts = any(text.startswith(line) or line.startswith(text) for text in self._TEXTS)
-        return texts or bool(re.fullmatch(rb"[IWE](\d{1,3}|\d{4}( .*)?)?", line, re.S))
 
 
 def _open_terminal() -> tuple[int, int]:
