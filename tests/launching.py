@@ -1,12 +1,15 @@
 """What the launcher's tests share: scripts that need no TensorFlow, and processes that end."""
 
 import contextlib
+import fcntl
+import functools
 import os
 import pathlib
 import pty
 import select
 import subprocess
 import sys
+import termios
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,10 +62,14 @@ def run(*arguments, limit=60, **popen):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_in_terminal(*arguments, limit=60, env=None):
-    """Runs the launcher on a terminal; returns its status and what came on the screen, raw."""
+def run_in_terminal(*arguments, limit=60, env=None, **popen):
+    """Runs the launcher on a terminal of its own; returns its status and what came on the screen,
+    raw."""
     screen, own = pty.openpty()
-    process = start(*arguments, env=env, stdin=own, stdout=own, stderr=own, text=False)
+    termios.tcsetwinsize(own, (24, 100))
+    streams = {"stdin": own, "stdout": own, "stderr": own, "text": False, **popen}
+    take = functools.partial(fcntl.ioctl, own, termios.TIOCSCTTY, 0)
+    process = start(*arguments, env=env, start_new_session=True, preexec_fn=take, **streams)
     os.close(own)
     seen, deadline = b"", time.monotonic() + limit
     try:

@@ -162,6 +162,7 @@ class BlockTraining(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """A new epoch: nobody's data has ended."""
+        progress.note_epoch(epoch + 1, self.params.get("epochs") or 0)
         if self._loop is not None:
             self._loop.begin_epoch()
 

@@ -162,7 +162,7 @@ class Ending:
                 self._take_note(self.meet(told), period)
                 self._put_right()
             self.forget_assignments()
-            progress.note("ended a block")
+            progress.note_block(lambda: self._optimizers[0].blocks)
             if not ended or self.all_ended:
                 return
 

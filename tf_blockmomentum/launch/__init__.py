@@ -14,6 +14,9 @@ On a terminal worker 0's output is shown as it writes it, and the others' goes t
 (`--output all`). As soon as one worker fails, the others are ended and its exit status becomes
 this command's (128 + n for signal n); what failed first stands last on the screen.
 
+`tfbm-launch --status` shows what the workers of a job that runs do. On a terminal on which nothing
+moves, a line below does.
+
 SIGTERM or Ctrl-C: every worker gets SIGTERM, and what still runs after `--grace` seconds is
 killed; a script with `tfbm.BlockBackup` ends its block and writes a backup. The exit status is
 143 (Ctrl-C: 130). A worker that gets SIGTERM by itself takes the others with it in the same way.

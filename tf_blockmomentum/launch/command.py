@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tf_blockmomentum import progress
-from tf_blockmomentum.launch import cluster, shares
+from tf_blockmomentum.launch import cluster, shares, status
 from tf_blockmomentum.launch.launcher import GRACE_SECONDS, Launcher
 
 HEARTBEAT = "TFBM_HEARTBEAT"  # read by MultiWorkerBlockStrategy
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             process.
     """
     options = parse(sys.argv[1:] if arguments is None else list(arguments))
+    if options.status is not None:
+        return status.show(options.status or None)
     launcher = Launcher(
         [sys.executable, *options.command],
         max_restarts=options.max_restarts,
@@ -100,6 +102,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     own, command = _divide(arguments)
     parser = _parser()
     options = parser.parse_args(own)
+    if options.status is not None:
+        others = [word for word in own if word not in ("--status", options.status)]
+        if command or len(others) > (f"--status={options.status}" in own):
+            parser.error(
+                "--status stands alone, or with a launcher's process id or --log-dir: it asks for "
+                f"jobs that run. Received: {shlex.join(arguments)}."
+            )
+        return options
     _check_numbers(parser, options)
     _check_ways(parser, options)
     if not command or command == ["-m"]:
@@ -131,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tfbm-launch",
         usage="%(prog)s [options] SCRIPT [ARGUMENT ...]\n       %(prog)s [options] -m MODULE "
-        "[ARGUMENT ...]",
+        "[ARGUMENT ...]\n       %(prog)s --status [PID]",
         description="Starts a training script on several workers. What follows the script's "
         "name is the script's.",
         allow_abbrev=False,
@@ -191,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         "worker's number (first on a terminal, all where the output goes to a file or a pipe)",
     )
     shown.add_argument("--log-dir", help="directory for each worker's output")
+    shown.add_argument(
+        "--status",
+        nargs="?",
+        const="",
+        metavar="PID",
+        help="starts nothing: a table of what the workers do of each job that runs on this "
+        "machine, or of one, by its launcher's process id or its --log-dir",
+    )
     return parser
 
 

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import os
+import shlex
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,9 +15,11 @@ from tf_blockmomentum.launch.chatter import LOG_LEVEL
 from tf_blockmomentum.launch.failures import PREEMPTED, Failure, in_order, reason
 from tf_blockmomentum.launch.output import Output, WorkerOutput
 from tf_blockmomentum.launch.patience import Patience
+from tf_blockmomentum.launch.status import HAS_ENDED, Folder, line
 
 SETTLE_SECONDS = 0.3  # after the first failure, for others of the same moment
 _POLL_SECONDS = 0.02
+_SILENT_SECONDS, _SHOW_SECONDS = 2.0, 0.5  # of the line that says where the workers are
 
 
 class Job:
@@ -28,6 +30,7 @@ class Job:
         worker_environments: the environment variables of each worker to start here.
         output: where their lines go.
         preempt_signal: one that means the same as SIGTERM to a worker.
+        typed: the command that started the job.
     """
 
     def __init__(
@@ -36,16 +39,18 @@ class Job:
         worker_environments: list[dict[str, str]],
         output: Output,
         preempt_signal: int = signal.SIGTERM,
+        typed: str = "",
     ) -> None:
         self._command, self._environments, self._output = command, worker_environments, output
         self._preempt_signal = preempt_signal
         self._processes: dict[int, subprocess.Popen] = {}
         self._outputs: dict[int, WorkerOutput] = {}
         self._addresses: dict[int, str] = {}
-        self._words: dict[int, tuple[int, str]] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="tfbm-status-")
+        self._words: dict[int, progress.Word] = {}
+        self._folder = Folder(typed or shlex.join(command))
         self._began = time.time()
         self._first_progress = self._last_progress = time.monotonic()
+        self._show_next = 0.0
         self._joined = False
         self.workers = 0  # of the whole job, on all machines
 
@@ -68,7 +73,7 @@ class Job:
                     "PYTHONUNBUFFERED": "1",
                     "PYTHONFAULTHANDLER": "1",  # SIGABRT then prints the Python stack
                     LOG_LEVEL: os.environ.get(LOG_LEVEL, "2"),
-                    progress.VARIABLE: self._status(index),
+                    progress.VARIABLE: self._folder.of(index),
                     **environment,
                 },
                 stdin=subprocess.DEVNULL,
@@ -77,6 +82,8 @@ class Job:
                 start_new_session=True,  # a process group of its own, ended as a whole
             )
             output.start(functools.partial(_has_ended_well, self._processes[index]))
+        pids = {index: process.pid for index, process in self._processes.items()}
+        self._folder.publish(pids, self.workers, self._output.directory)
         remote = {i: address for i, address in others.items() if i not in self._processes}
         self._patience = Patience(self._addresses, remote, self._output.screen.say)
 
@@ -96,27 +103,36 @@ class Job:
                 since = time.monotonic()
             elif hang_timeout and time.monotonic() - since > hang_timeout:
                 return self._hung(hang_timeout)
-            self._patience.look(dict(self._running_words()))
+            running = dict(self._running_words())
+            self._patience.look(running)
+            self._show(running)
             for output in self._outputs.values():
                 output.resize()
             time.sleep(_POLL_SECONDS)
 
     def _listen(self) -> bool:
         """Reads every worker's last word; returns whether any is new."""
-        words = {index: progress.read(self._status(index)) for index in self._processes}
+        words = {index: progress.read(self._folder.of(index)) for index in self._processes}
         new, self._words = words != self._words, words
         if new:
             self._last_progress = time.monotonic()
             # 1: it waits for the others; 2: it has joined them, or failed.
             has_joined = any(
-                count > 2 - (not text.startswith(progress.FAILED))
-                for count, text in words.values()
+                word.number > 2 - (not word.text.startswith(progress.FAILED))
+                for word in words.values()
             )
             if has_joined and not self._joined:
                 self._joined, self._first_progress = True, self._last_progress
         return new
 
-    def _running_words(self) -> Iterator[tuple[int, tuple[int, str]]]:
+    def _show(self, running: dict[int, progress.Word]) -> None:
+        """On a terminal on which nothing has moved for a while: where the workers are."""
+        now, screen = time.monotonic(), self._output.screen
+        if screen.has_line and screen.silent_seconds > _SILENT_SECONDS and now > self._show_next:
+            self._show_next = now + _SHOW_SECONDS
+            screen.show_line(line({i: running.get(i, HAS_ENDED) for i in self._processes}))
+
+    def _running_words(self) -> Iterator[tuple[int, progress.Word]]:
         return (
             (index, self._words[index])
             for index, process in self._processes.items()
@@ -143,7 +159,7 @@ class Job:
         found = []
         for index, process in self._processes.items():
             status = process.poll()
-            _, text = progress.read(self._status(index))
+            text = progress.read(self._folder.of(index)).text
             error = text.removeprefix(progress.FAILED) if text.startswith(progress.FAILED) else ""
             if status is None and error:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -166,12 +182,14 @@ class Job:
 
     def _hung(self, hang_timeout: float) -> list[Failure]:
         running = dict(self._running_words())
-        stuck = [i for i, (_, text) in running.items() if not text.startswith("waits")]
+        stuck = [i for i, word in running.items() if not word.text.startswith(progress.WAITS)]
         failures = []
         for index in stuck or running:
             process = self._processes[index]
             stopped = _is_stopped(process.pid)
-            what = "it is stopped (SIGSTOP)" if stopped else f"its last word: {running[index][1]}"
+            what = (
+                "it is stopped (SIGSTOP)" if stopped else f"its last word: {running[index].text}"
+            )
             why = f"is stuck: no progress in {hang_timeout:g} s, {what}"
             failures.append(self._failure(index, 128 + signal.SIGABRT, why))
             self._output.screen.say(f"worker {index} is stuck; its Python stack:")
@@ -197,7 +215,7 @@ class Job:
         for index, process in self._processes.items():
             if process.poll() is None:
                 # While it joins the others it has nothing to save, and TensorFlow hears nothing.
-                joining = progress.read(self._status(index))[1] == progress.JOINING
+                joining = progress.read(self._folder.of(index)).text == progress.JOINING
                 process.send_signal(signal.SIGKILL if joining else signal.SIGTERM)
                 process.send_signal(signal.SIGCONT)  # one that is stopped has to wake for it
         while time.monotonic() < deadline and not at_once():
@@ -214,16 +232,13 @@ class Job:
                 process.wait(timeout=5)
         for output in self._outputs.values():
             output.join(timeout=1)
-        self._folder.cleanup()
+        self._folder.remove()
 
     def add_last_lines(self, failures: list[Failure]) -> None:
         """Adds to failures what their workers wrote last, once all is read."""
         for failure in failures:
             output = self._outputs[failure.worker]
             failure.last_lines, failure.shown = output.last_lines(), output.shown
-
-    def _status(self, index: int) -> str:
-        return os.path.join(self._folder.name, f"worker-{index}")
 
 
 def _has_ended_well(process: subprocess.Popen) -> bool:

@@ -92,6 +92,7 @@ class Launcher:
         try:
             status = self._run(make_environments, count, least, most)
         finally:
+            self._output.screen.show_line("")
             self._output.close(keep=status != 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -130,7 +131,7 @@ class Launcher:
             self._say(f"restart {restarts} of {self._max_restarts}, workers: {count}")
 
     def _run_once(self, environments: list[dict[str, str]]) -> Job:
-        job = Job(self._command, environments, self._output, self._preempt_signal)
+        job = Job(self._command, environments, self._output, self._preempt_signal, self._go_on)
         self._at_once = False
         grace = FAILED_GRACE_SECONDS
         try:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,31 +25,73 @@ _LONGEST = 1 << 16  # characters of one line
 
 
 class Screen:
-    """The launcher's own stdout and stderr, which several threads write to."""
+    """The launcher's own stdout and stderr, which several threads write to.
+
+    On a terminal it also has a line of its own for the moments in which nobody writes: below
+    what is there, where it stays until somebody does.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_line = False  # a progress bar's, perhaps
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._written = time.monotonic()
+        self._below = ""  # what takes the line away
+        dumb = os.environ.get("TERM", "dumb") in ("dumb", "")
+        self.has_line = not dumb and _is_terminal(sys.stderr)
+
+    @property
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self._written
 
     def write(self, target: Any, text: bytes) -> None:
         """Writes as it is; what cannot be written (a closed pipe, a terminal that is gone) is
         dropped, and ends nothing."""
         if not text:
             return
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            self._in_line = not text.endswith(b"\n")
-            if hasattr(target, "buffer"):
+        with self._lock:
+            if self._below and _is_terminal(target):
+                self._take_away()
+            with contextlib.suppress(OSError, ValueError):
+                if _is_terminal(target) or not self.has_line:
+                    self._written = time.monotonic()
+                    self._in_line = not text.endswith(b"\n")
+                if hasattr(target, "buffer"):
+                    target.flush()
+                    target.buffer.write(text)
+                else:  # a notebook's
+                    target.write(self._decoder.decode(text))
                 target.flush()
-                target.buffer.write(text)
-            else:  # a notebook's
-                target.write(self._decoder.decode(text))
-            target.flush()
 
     def say(self, text: str, prefix: str = "tfbm-launch: ") -> None:
         """A line of the launcher's own."""
         start = "\n" if self._in_line else ""
         self.write(sys.stderr, f"{start}{prefix}{text}\n".encode(errors="replace"))
+
+    def show_line(self, text: str) -> None:
+        """Shows the line, or something else in it. Empty: takes it away."""
+        with self._lock:
+            if not text:
+                self._take_away()
+                return
+            with contextlib.suppress(OSError, ValueError):
+                if os.tcgetpgrp(sys.stderr.fileno()) != os.getpgrp():
+                    return  # in the background: the terminal is somebody else's
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80  # 0: not known
+                text = text[: columns - 1]
+                # Where the line is not empty, in the one below, with the cursor back as it was;
+                # to begin with down and up again, so that there is one.
+                down, back = ("\x1b7\x1b[B", "\x1b8") if self._in_line else ("", "\r")
+                begin = "\x1bD\x1b[A" if self._in_line and not self._below else ""
+                sys.stderr.write(f"{begin}{down}\r\x1b[2m{text}\x1b[0m\x1b[K{back}")
+                sys.stderr.flush()
+                self._below = f"{down}\r\x1b[2K{back}"
+
+    def _take_away(self) -> None:
+        below, self._below = self._below, ""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(below)
+            sys.stderr.flush()
 
 
 class Output:
@@ -66,6 +109,11 @@ class Output:
         self._given, self._directory = log_dir, log_dir
         self._warned: set[str] = set()
         self.logs: list[str] = []
+
+    @property
+    def directory(self) -> str | None:
+        """Where the files are; None: nowhere."""
+        return self._directory
 
     def open(self, index: int, first: bool) -> "WorkerOutput":
         """Where worker `index` writes; `first`: it is the first one here."""
@@ -250,7 +298,10 @@ def _open_terminal() -> tuple[int, int]:
 
 def _is_screen(target: Any) -> bool:
     """Whether carriage returns move on it: a terminal, or a notebook's output."""
-    with contextlib.suppress(AttributeError, ValueError):
-        if target.isatty():
-            return True
-    return type(target).__module__.startswith("ipykernel")
+    return _is_terminal(target) or type(target).__module__.startswith("ipykernel")
+
+
+def _is_terminal(target: Any) -> bool:
+    with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is closed
+        return target.isatty()
+    return False

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from tf_blockmomentum import progress
 from tf_blockmomentum.launch import cluster
 
 WAIT_SECONDS = 30.0
@@ -26,22 +27,22 @@ class Patience:
         self, local: Mapping[int, str], remote: Mapping[int, str], say: Callable[[str], None]
     ) -> None:
         self._local, self._remote, self._say = dict(local), dict(remote), say
-        self._since: dict[int, tuple[tuple[int, str], float]] = {}
+        self._since: dict[int, tuple[progress.Word, float]] = {}
         self._next = 0.0
 
-    def look(self, words: Mapping[int, tuple[int, str]]) -> None:
-        """Takes what every worker here that still runs said last, and its number."""
+    def look(self, words: Mapping[int, progress.Word]) -> None:
+        """Takes what every worker here that still runs said last."""
         now = time.monotonic()
         for index, word in words.items():
             if index not in self._since or self._since[index][0] != word:
                 self._since[index] = word, now
-        waiting = [i for i, (_, text) in words.items() if text.startswith("waits")]
+        waiting = [i for i, word in words.items() if word.text.startswith(progress.WAITS)]
         long = [i for i in waiting if now - self._since[i][1] > WAIT_SECONDS]
         if not long or now < self._next:
             return
         late = [
             f"worker {i} ({address}), "
-            + (f"whose last word is: {words[i][1]}" if i in words else "which has ended")
+            + (f"whose last word is: {words[i].text}" if i in words else "which has ended")
             for i, address in self._local.items()
             if i not in waiting
         ]
@@ -53,7 +54,7 @@ class Patience:
             threading.Thread(target=self._tell, args=(said, late), daemon=True).start()
         elif seconds > _AGAIN_SECONDS:
             self._next = now + _AGAIN_SECONDS
-            self._say(f"{said}, each for the others: {words[long[0]][1]}")
+            self._say(f"{said}, each for the others: {words[long[0]].text}")
 
     def _tell(self, said: str, late: list[str]) -> None:
         if not late:  # those here are not to blame
