@@ -63,12 +63,13 @@ def run(*arguments, limit=60, **popen):
 
 
 def run_in_terminal(*arguments, limit=60, env=None, **popen):
-    """Runs the launcher on a terminal of its own; returns its status and what came on the screen,
-    raw."""
+    """Runs the launcher on a terminal of its own, without a line of the launcher's unless `env`
+    has a TERM; returns its status and what came on the screen, raw."""
     screen, own = pty.openpty()
     termios.tcsetwinsize(own, (24, 100))
     streams = {"stdin": own, "stdout": own, "stderr": own, "text": False, **popen}
     take = functools.partial(fcntl.ioctl, own, termios.TIOCSCTTY, 0)
+    env = {"TERM": "dumb", **(env or {})}
     process = start(*arguments, env=env, start_new_session=True, preexec_fn=take, **streams)
     os.close(own)
     seen, deadline = b"", time.monotonic() + limit

@@ -178,6 +178,7 @@ class BlockTraining(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         self.model.train_function = self._between_fits
         self.observe(Observer())
+        progress.note("has ended fit")
 
     # -- the training function --------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from tf_blockmomentum.launch.chatter import LOG_LEVEL
 from tf_blockmomentum.launch.failures import PREEMPTED, Failure, in_order, reason
 from tf_blockmomentum.launch.output import Output, WorkerOutput
 from tf_blockmomentum.launch.patience import Patience
-from tf_blockmomentum.launch.status import HAS_ENDED, Folder, line
+from tf_blockmomentum.launch.status import HAS_ENDED, Folder, line, read
 
 SETTLE_SECONDS = 0.3  # after the first failure, for others of the same moment
 _POLL_SECONDS = 0.02
@@ -112,7 +112,7 @@ class Job:
 
     def _listen(self) -> bool:
         """Reads every worker's last word; returns whether any is new."""
-        words = {index: progress.read(self._folder.of(index)) for index in self._processes}
+        words = {index: read(self._folder.of(index), self._began) for index in self._processes}
         new, self._words = words != self._words, words
         if new:
             self._last_progress = time.monotonic()

@@ -65,6 +65,12 @@ class Folder:
             self._lock = None
 
 
+def read(path: str, began: float) -> Word:
+    """A worker's last word; it has been starting since the job was, if it has said none."""
+    word = progress.read(path)
+    return word if word.at else word._replace(at=began)
+
+
 def show(which: str | None) -> int:
     """Prints a table for each job of this machine that runs; returns an exit status.
 
@@ -105,7 +111,7 @@ def _jobs() -> Any:
             except BlockingIOError:
                 job = json.load(file)
             job["words"] = {
-                int(index): progress.read(_of(str(path.parent), int(index)))
+                int(index): read(_of(str(path.parent), int(index)), job["began"])
                 if _is_running(pid)
                 else HAS_ENDED
                 for index, pid in job["pids"].items()
@@ -185,8 +191,8 @@ def _age(word: Word, now: float) -> str:
         return ""
     if _doing(word.text) == "trains":  # its last word is that a block had ended
         unusual = age > max(_LONG, 3 * word.block_seconds)
-        return f", silent for {_duration(age)}" if unusual else ""
-    return f" for {_duration(age)}"
+        return f" (silent for {_duration(age)})" if unusual else ""
+    return f" ({_duration(age)})"
 
 
 def _doing(text: str) -> str:
