@@ -115,9 +115,9 @@ time.sleep(60 if index < 2 else 0)
         pattern = r"started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d, \d+\.\d s ago; output in "
         assert re.fullmatch(pattern + re.escape(str(tmp_path / "logs")), since)
         assert titles.split("  ")[-1] == "last word"
-        first = r" +0 +3/10 +413 +0\.2\d +[67]\d %  writes a backup, \d\.\d s ago"
+        first = r" +0 +3/10 +413 +0\.2\d\d +[67]\d %  writes a backup, \d\.\d s ago"
         assert re.fullmatch(first, rows[0]), rows
-        assert re.fullmatch(r" +1 +3/10 +413 +0\.2\d +[0-9] %  ended a block, .*", rows[1])
+        assert re.fullmatch(r" +1 +3/10 +413 +0\.2\d\d +[0-9] %  ended a block, .*", rows[1])
         assert re.fullmatch(r" +2 +- +- +- +-  has ended", rows[2])
 
         for which in (launcher.pid, tmp_path / "logs"):
@@ -186,5 +186,5 @@ model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0,
     rows = done.stdout.splitlines()[-2:]
     for index, row in enumerate(rows):
         # Worker 0 is in its tenth block; worker 1 may wait at its end.
-        pattern = rf" +{index} +2/2 +10 +\d+\.\d\d +\d+ %  (ended a block|waits in .*), .* ago"
+        pattern = rf" +{index} +2/2 +10 +\d+\.\d+ +\d+ %  (ended a block|waits in .*), .* ago"
         assert re.fullmatch(pattern, row), done.stdout

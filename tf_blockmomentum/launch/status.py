@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,13 @@ def _is(job: dict[str, Any], which: str) -> bool:
     return which == str(job["pid"]) or same
 
 
-def _jobs() -> Any:
-    """The jobs that run: what their launchers said, with each worker's last word."""
+def _jobs() -> Iterator[dict[str, Any]]:
+    """The user's jobs that run (root's: everybody's): what their launchers said, with each
+    worker's last word."""
     for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{_JOB}")):
         with contextlib.suppress(OSError, ValueError), path.open() as file:
+            if os.getuid() not in (0, os.fstat(file.fileno()).st_uid):
+                continue
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 continue  # it was killed
@@ -152,16 +155,13 @@ def table(job: dict[str, Any]) -> str:
                 str(index),
                 _epoch(word),
                 str(word.block or "-"),
-                f"{word.block_seconds:.2f}" if known else "-",
+                _seconds(word) if known else "-",
                 f"{100 * word.waiting:.0f} %" if known else "-",
                 word.text + (f", {_duration(now - word.at)} ago" if word.at else ""),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([*map(str.rjust, row[:-1], widths), row[-1]])
-        for row in rows
-    ]  # fmt: skip
+    lines = ["  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows]
     return "\n".join([*head, *lines])
 
 
@@ -172,14 +172,14 @@ def line(words: Mapping[int, Word]) -> str:
     furthest = max(words.values(), key=lambda word: (word.epoch, word.block))
     place = [f"epoch {_epoch(furthest)}"] if furthest.epoch else []
     place += [f"block {furthest.block}"] if furthest.block else []
-    place += [f"{furthest.block_seconds:.2g} s a block"] if furthest.block_seconds else []
+    place += [f"{_seconds(furthest)} s a block"] if furthest.block_seconds else []
     parts += [", ".join(place)] if place else []
     groups: dict[str, list[int]] = {}
     for index, word in words.items():
         groups.setdefault(_doing(word.text), []).append(index)
     for doing, indices in groups.items():
         who = "all" if len(groups) == 1 else ",".join(map(str, indices))
-        said = doing + min((_age(words[i], now) for i in indices), key=len)
+        said = doing + _age(max((words[i] for i in indices), key=lambda word: word.at), now)
         parts.append(f"{who}: {said}" if len(words) > 1 else said)
     return " | ".join(parts)
 
@@ -203,6 +203,10 @@ def _epoch(word: Word) -> str:
     if not word.epoch:
         return "-"
     return f"{word.epoch}/{word.epochs}" if word.epochs else str(word.epoch)
+
+
+def _seconds(word: Word) -> str:
+    return f"{word.block_seconds:.{3 if word.block_seconds < 1 else 1}f}"
 
 
 def _duration(seconds: float) -> str:
