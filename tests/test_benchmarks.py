@@ -179,3 +179,18 @@ def test_speed(tmp_path):
     assert "| blocks, overlap | 2 | " in done.stdout
     assert "## The cost model" in done.stdout
     assert (tmp_path / "runs" / "bench" / "speed_mlp_2.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_shares(tmp_path):
+    """Two workers with one setting of threads: its runs are kept, and told over those of none."""
+    command = [sys.executable, BENCHMARKS / "shares.py", "--workers", "2", "--rounds", "1"]
+    command += ["--settings", "none", "intra, inter=2", "--programs", "overlap"]
+    command += ["--add", tmp_path / "runs"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "runs").read_text().splitlines()) == 2
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("overlap")]
+    assert [row[1:3] for row in rows] == [["1.00", "(1.00-1.00)"]] * 2
+    assert all(0.1 < float(row[5]) < 10 for row in rows)
