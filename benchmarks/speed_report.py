@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from evidence_report import table
-from speed import BATCHES, FORMS
+from speed import BATCHES, FORMS, PLAIN
 
 from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
 
@@ -43,12 +43,12 @@ class Row:
 
     @property
     def overlap(self):
-        return 1.0 if "overlap" in self.method else False
+        return FORMS.get(self.method, (False, None))[0]
 
     @property
     def share_of_bytes(self):
         """Of what it sends without compression."""
-        return next((n / 4 for c, n in COMPRESSED_BYTES.items() if c in self.method), 1.0)
+        return COMPRESSED_BYTES.get(FORMS.get(self.method, (False, None))[1], 4) / 4
 
 
 class Place:
@@ -60,19 +60,41 @@ class Place:
         self.size = next(r.model_bytes for r in rows if r.model_bytes)
         self.bare = next(r.step_seconds for r in rows if r.method == "all_reduce alone")
         self.one = next(r.step_seconds for r in rows if r.method == "all_reduce of one number")
-        self._alone = {(r.family, r.steps): r.step_seconds
-                       for r in rows if r.method == "no communication"}  # fmt: skip
+        copies = (r.step_seconds for r in rows if r.method == "copy")
+        self.copy = next(copies, None)  # seconds to copy the weights in memory
+        # Seconds of a step by framework and steps of an execution: as its users would train
+        # without any exchange, and of ours a block that never ends.
+        self._plain, self._steps = (
+            {(r.family, r.steps): r.step_seconds for r in rows if r.method in methods}
+            for methods in ((PLAIN, "no communication"), ("no communication",))
+        )
+        self._plain |= {(r.family, r.steps): r.step_seconds for r in rows if r.method == PLAIN}
 
-    def alone(self, row):
-        """Seconds of a step without communication in the same framework; of ours, with as many
-        steps at each execution, or the most."""
-        most = max((s or 0 for family, s in self._alone if family == row.family), default=0)
-        exact = self._alone.get((row.family, row.steps))
-        return exact or self._alone.get((row.family, most or None))
+    def plain(self, row):
+        """Seconds of a step of training alone, in the same framework and with as many steps at
+        each execution (or the most)."""
+        return _like(self._plain, row)
 
     def share(self, row):
-        """Of the speed without communication."""
-        return self.alone(row) / row.step_seconds if self.alone(row) else None
+        """Of that speed."""
+        return self.plain(row) / row.step_seconds if self.plain(row) else None
+
+    def alone(self, row):
+        """Seconds of a local step, the boundary left out."""
+        return _like(self._steps, row)
+
+    def limit(self, row):
+        """The share if the link gave its rate and took no processor, and a boundary's passes over
+        the weights went as fast as a copy."""
+        if row.method not in FORMS or self.link == "loopback" or not self.copy:
+            return None
+        cost = CostModel(
+            step_seconds=self.plain(row),
+            model_bytes=self.size * row.share_of_bytes,
+            bandwidth=parse_bandwidth(self.link),
+            boundary_seconds=self.copy * (16 if row.overlap else 9) / 2,
+        )
+        return cost.share(row.k, self.workers, row.overlap)
 
     def boundary(self, row):
         """Seconds that a block takes longer than its steps."""
@@ -83,7 +105,14 @@ class Place:
 
     @property
     def contenders(self):
-        return [r for r in self.rows if not r.method.startswith("all_reduce") and r.step_seconds]
+        others = ("all_reduce alone", "all_reduce of one number", "copy")
+        return [r for r in self.rows if r.method not in others and r.step_seconds]
+
+
+def _like(seconds, row):
+    """Of a row's framework and with its number of steps at each execution, or the most."""
+    most = max((s or 0 for family, s in seconds if family == row.family), default=0)
+    return seconds.get((row.family, row.steps)) or seconds.get((row.family, most or None))
 
 
 def write(folder):
@@ -124,20 +153,30 @@ def alone(rows):
     if not mine:
         return
     yield "## One worker"
+    keras = {(r.model, r.steps): r.step_seconds for r in mine if r.method == PLAIN}
     cells = []
-    for row in mine:
-        (keras,) = (
-            r.step_seconds
-            for r in mine
-            if (r.model, r.steps) == (row.model, row.steps) and "fit" in r.method
-        )
+    for row in (r for r in mine if not r.k):
+        plain = keras[row.model, row.steps]
         cells.append([
-            row.model, int(row.steps), row.method, f"{keras / row.step_seconds:.3f}",
-            f"{1000 * row.step_seconds:.3f}", f"{1000 * (row.step_seconds - keras):+.3f}",
+            row.model, int(row.steps), row.method, f"{plain / row.step_seconds:.3f}",
+            f"{1000 * row.step_seconds:.3f}", f"{1000 * (row.step_seconds - plain):+.3f}",
         ])  # fmt: skip
     titles = ["model", "steps_per_execution", "method", "speed / Keras's", "ms a step",
               "ms more than Keras"]  # fmt: skip
     yield table(titles, cells)
+    boundaries = [r for r in mine if r.k]
+    if boundaries:
+        yield (
+            "A boundary where there is nobody else: what a block of one worker takes longer than "
+            "its steps, which is all but the transport."
+        )
+        cells = []
+        for row in boundaries:
+            (step,) = (r.step_seconds for r in mine if (r.model, r.steps, r.method, r.k)
+                       == (row.model, row.steps, "blocks, one worker", 0))  # fmt: skip
+            seconds = (row.step_seconds - step) * row.k
+            cells.append([row.model, row.method, f"{1000 * seconds:.1f}"])
+        yield table(["model", "method", "ms a boundary"], cells)
 
 
 def memory(rows):
@@ -172,21 +211,25 @@ def table_of(place):
     yield f"## {place.model}, {place.workers} workers, {place.link}"
     yield (
         f"{place.size / 1e6:.1f} MB are averaged; one all_reduce of as many takes "
-        f"{1000 * place.bare:.0f} ms."
+        f"{1000 * place.bare:.0f} ms. *Share*: of the speed of as many processes that train "
+        "alone, each on its core, in the same framework (ours: plain Keras). *Limit*: what it "
+        "could be if the link gave its rate, the transport took no processor, and passes over the "
+        "weights went as fast as a copy in memory."
     )
     cells = []
     for row in place.contenders:
-        share = place.share(row)
-        blocks = row.method.startswith("blocks")
+        share, limit = place.share(row), place.limit(row)
+        blocks = row.method in FORMS
         wire = row.wire_bytes if blocks and place.link != "loopback" else None
         cells.append([
             row.label, row.k or "",
-            f"{share:.2f}" if share else "", f"{place.throughput(row):.0f}",
+            f"{share:.2f}" if share else "", f"{limit:.2f}" if limit else "",
+            f"{place.throughput(row):.0f}",
             f"{1000 * row.step_seconds:.1f}",
             f"{place.boundary(row) / place.bare:.2f}" if blocks else "",
             f"{wire / (sent * row.model_bytes):.3f}" if wire else "",
         ])  # fmt: skip
-    titles = ["method", "K", "share of no communication", "examples/s", "ms a step",
+    titles = ["method", "K", "share", "limit", "examples/s", "ms a step",
               "boundary / all_reduce", "bytes / (2 (P - 1) / P weights)"]  # fmt: skip
     yield table(titles, cells)
 
@@ -201,7 +244,7 @@ def fitted(places):
     """
     lines, values, costs = [], [], {}
     for place in places:
-        row = next(r for r in place.rows if r.method == "no communication")
+        row = next(r for r in place.rows if r.method == "no communication" and r.family == "ours")
         cost = costs[place.link] = CostModel(
             step_seconds=place.alone(row),
             model_bytes=place.size,
@@ -248,18 +291,18 @@ def cost_model(groups):
         "`tf_blockmomentum.cost.CostModel`, fitted for each model and number of workers to the "
         "rows called *blocks* on all links: seconds of a boundary apart from its messages, and "
         "the link's speed as TensorFlow uses it. The errors are those of predicted step times; "
-        "the last three columns' rows had no part in the fit. (One link alone cannot tell the two "
-        "apart: its messages are then taken to need the link's rate.)"
+        "only the first of their columns had a part in the fit. (One link alone cannot tell the "
+        "two apart: its messages are then taken to need the link's rate.)"
     )
     methods = {row.method for those in groups.values() for p in those for row in p.rows}
-    forms = [name for name, *_ in FORMS if name in methods]
+    forms = [name for name in FORMS if name in methods]
     cells, shown = [], None
     for (model, workers), those in groups.items():
         own, slower, costs = fitted(those)
         errors = defaultdict(list)
         for place in those:
             for row in place.rows:
-                if row.method.startswith("blocks"):
+                if row.method in FORMS:
                     guess = predicted(costs[place.link], row, place.alone(row))
                     errors[row.method].append(abs(guess / row.step_seconds - 1))
         cells.append([
@@ -321,7 +364,7 @@ def plot(groups, folder):
             column[1].set_ylim(0, 1.05)
             column[1].set_xlabel("sync_period (K)")
         axes[0, 0].set_ylabel("examples/s of all workers")
-        axes[1, 0].set_ylabel("share of no communication")
+        axes[1, 0].set_ylabel("share of training alone")
         handles = {h.get_label(): h for axis in axes[0] for h in axis.get_lines()}
         figure.legend(handles=handles.values(), loc="outside lower center", ncols=3, fontsize=8)
         figure.suptitle(f"{model}, {workers} workers")

@@ -137,7 +137,7 @@ def test_the_cost_model_is_found_again(tmp_path, monkeypatch):
         for k in (8, 32):
             seconds["no communication", k] = 0.015
             seconds["blocks", k] = cost.step(k, 2)
-            seconds["blocks, overlap, float16", k] = half.step(k, 2, overlap=1.0)
+            seconds["blocks, overlap=1.0, float16", k] = half.step(k, 2, overlap=1.0)
         for (method, k), value in seconds.items():
             common = {"model": "mlp", "workers": 2, "link": link, "family": "ours", "k": k}
             rows.append({**common, "method": method, "steps": k or None, "step_seconds": value})
@@ -157,16 +157,21 @@ def test_the_cost_model_is_found_again(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_speed(tmp_path):
+def test_speed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed
+
+    forms = ["blocks", "blocks, overlap=0.5, int8"]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "speed.py", "--links", "loopback", "--periods", "2",
-         "--rounds", "1", "--models", "mlp", "--workers", "2", "--only", "memory", "blocks"],
+         "--rounds", "1", "--models", "mlp", "--workers", "2", "--only", "memory", "blocks",
+         "--forms", *forms],
         cwd=tmp_path, check=True, timeout=280, capture_output=True, text=True,
     )  # fmt: skip
     with (tmp_path / "runs" / "bench" / "speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     timed = {row["method"]: float(row["step_seconds"]) for row in rows if row["step_seconds"]}
-    assert {"no communication", "synchronous fit", "blocks", "blocks, overlap"} <= set(timed)
+    assert {speed.PLAIN, "no communication", "synchronous fit", *forms} <= set(timed)
     assert min(timed.values()) > 0
     peaks: dict = {}
     for row in rows:
@@ -175,8 +180,8 @@ def test_speed(tmp_path):
                 (float(row["memory"]), float(row["model_bytes"]))
             )
     copies = {m: (b[0] - a[0]) / (b[1] - a[1]) for m, (a, b) in peaks.items()}
-    assert copies["blocks"] - copies["Keras fit, no strategy"] > 1.5  # anchor, velocity
-    assert "| blocks, overlap | 2 | " in done.stdout
+    assert copies["blocks"] - copies[speed.PLAIN] > 1.5  # anchor, velocity
+    assert "| blocks, overlap=0.5, int8 | 2 | " in done.stdout
     assert "## The cost model" in done.stdout
     assert (tmp_path / "runs" / "bench" / "speed_mlp_2.png").exists()
 
