@@ -15,8 +15,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick bench-peers
-.PHONY: gpu-check chaos docs lint format clean
+.PHONY: demo test test-all test-oldest evidence evidence-quick bench bench-quick bench-record
+.PHONY: bench-peers gpu-check chaos docs lint format clean
 
 demo: $(VENV)/installed-examples
 	$(BIN)/python examples/digits_three_ways.py $(ARGS)
@@ -47,6 +47,10 @@ PEERS := $(wildcard .venv-peers/bin/python)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python benchmarks/speed.py --device $(DEVICE) $(PEERS:%=--peers-python %) $(ARGS)
+
+# All of it, kept in benchmarks/records with machine and versions; docs' tables are made of it.
+bench-record: ARGS += --record
+bench-record: bench
 
 bench-quick: ARGS += --quick
 bench-quick: bench

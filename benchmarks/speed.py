@@ -13,6 +13,7 @@ after, on the same link and cores. Writes `speed.csv`, `speed.md` and plots into
 import argparse
 import csv
 import itertools
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -63,7 +64,7 @@ def parts(options):
             workers = 1 if method == PLAIN else 2
             given = "--method", method, "--scale", scale
             yield ours("memory", "loopback", workers, *given, model=f"mlp, {scale} times as wide")
-    if "blocks" in options.only:
+    if {"blocks", "peers"} & set(options.only):
         for model, workers, link in itertools.product(
             options.models, options.workers, options.links
         ):
@@ -71,18 +72,10 @@ def parts(options):
             if (model, workers) != ("mlp", 2) and not options.full:
                 periods = [k for k in periods if k in (8, 32)] or periods
             slow = ["--slow"] * link.endswith("mbit")
-            yield ours(
-                "blocks",
-                link,
-                workers,
-                "--model",
-                model,
-                *slow,
-                "--periods",
-                *periods,
-                model=model,
-            )
-            if model == "mlp":
+            if "blocks" in options.only:
+                given = "--model", model, *slow, "--periods", *periods
+                yield ours("blocks", link, workers, *given, model=model)
+            if "peers" in options.only and model == "mlp":
                 row = {"workers": workers, "link": link, "model": model}
                 few = [k for k in periods if k in (8, 32)] or periods
                 given = [BATCHES[model], options.rounds, ",".join(map(str, few)), *WIDTHS]
@@ -100,7 +93,7 @@ def main():
     parser.add_argument("--alone", nargs="+", choices=BATCHES, default=alone, help="on one worker")
     parser.add_argument("--workers", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--periods", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
-    kinds = ["alone", "memory", "blocks", "target"]
+    kinds = ["alone", "memory", "blocks", "peers", "target"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="of the parts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jit", action="store_true", help="compile local steps with XLA")
@@ -109,6 +102,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the MLP, two K, two links")
     parser.add_argument("--full", action="store_true", help="all K for all models; many hours")
     parser.add_argument("--report", action="store_true", help="from recorded runs only")
+    parser.add_argument(
+        "--record", action="store_true", help="keep it in benchmarks/records, make docs of it"
+    )
     parser.add_argument("--add", action="store_true", help="to what has been recorded before")
     parser.add_argument("--peers-python", help="a Python that has what the peers require")
     for hidden in ("--part", "--model", "--method"):
@@ -118,26 +114,36 @@ def main():
     options = parser.parse_args()
     if options.quick:
         options.links, options.periods = ["loopback", "1gbit"], [8, 32]
-        options.models, options.workers, options.only = ["mlp"], [2], ["blocks"]
+        options.models, options.workers, options.only = ["mlp"], [2], ["blocks", "peers"]
         options.rounds = 1
     if options.part:
         import speed_parts
 
         return speed_parts.work(options)
     if not options.report:
-        record(options)
+        run(options)
+    import speed_docs
     import speed_report
 
+    if options.record:
+        speed_docs.pages(speed_docs.keep(RUNS, commands()), speed_docs.DOCS)
     return speed_report.write(RUNS)
 
 
-def record(options):
+def commands():
+    """The command lines that have written into `RUNS`, one after the other."""
+    return (RUNS / "commands").read_text().splitlines()
+
+
+def run(options):
     """Runs everything, and writes down what came out after each part."""
     rows: list = []
     RUNS.mkdir(parents=True, exist_ok=True)
     if options.add:
         with (RUNS / "speed.csv").open(newline="") as file:
             rows += csv.DictReader(file)
+    with (RUNS / "commands").open("a" if options.add else "w") as file:
+        print("python benchmarks/speed.py", *map(shlex.quote, sys.argv[1:]), file=file)
     for link, workers, script, arguments, common in parts(options):
         rate = None if link == "loopback" else link
         what = f"{link}, {workers} workers, {script} {' '.join(arguments[:2])}"

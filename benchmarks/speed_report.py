@@ -115,8 +115,8 @@ def _like(seconds, row):
     return seconds.get((row.family, row.steps)) or seconds.get((row.family, most or None))
 
 
-def write(folder):
-    """Writes `speed.md` and plots beside `speed.csv`."""
+def read(folder):
+    """The rows of a folder's `speed.csv`."""
     with (folder / "speed.csv").open(newline="") as file:
         rows = [
             Row(**{n: (float(v) if n in NUMBERS else v) if v else None for n, v in row.items()})
@@ -125,11 +125,30 @@ def write(folder):
     for row in rows:
         row.k = int(row.k or 0)
         row.workers = int(row.workers)
+    return rows
+
+
+def places_of(rows):
+    """The rows by model, number of workers and link."""
     groups = defaultdict(list)
     for row in rows:
         if row.link and row.step_seconds and row.model in BATCHES and row.workers > 1:
             groups[row.model, row.workers, row.link].append(row)
-    places = [Place(g) for g in groups.values() if any(r.method == "all_reduce alone" for r in g)]
+    return [Place(g) for g in groups.values() if any(r.method == "all_reduce alone" for r in g)]
+
+
+def write(folder):
+    """Writes `speed.md` and plots beside `speed.csv`."""
+    rows = read(folder)
+    text = text_of(rows, folder)
+    (folder / "speed.md").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text))
+    return 0 if rows else 1
+
+
+def text_of(rows, folder):
+    """Paragraphs and tables; plots go into the folder."""
+    places = places_of(rows)
     by_model = defaultdict(list)
     for place in places:
         by_model[place.model, place.workers].append(place)
@@ -142,9 +161,7 @@ def write(folder):
         plot(by_model, folder)
     if targets and by_model["mlp", 2]:
         text += time_to_target(by_model["mlp", 2], targets, folder)
-    (folder / "speed.md").write_text("\n\n".join(text) + "\n")
-    print("\n\n".join(text))
-    return 0 if rows else 1
+    return text
 
 
 def alone(rows):
