@@ -365,7 +365,7 @@ class BlockLoop:
         before lands in it."""
         if ended or self._position >= self.ending.period:
             self._end_block(ended)
-        elif self._position >= self.ending.next_stop:
+        elif self.ending.flight.under_way and self._position >= self.ending.next_stop:
             self.ending.land_within()
 
     def _end_block_begun(self) -> None:

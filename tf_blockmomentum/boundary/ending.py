@@ -55,6 +55,7 @@ class Ending:
         self.agreement = Agreement(optimizers, strategy, self.rules)
         self._known: tuple | None = None  # what the compiled functions were made for
         self.flight = Flight()
+        self._periods_known: list[int] | None = None
         self._boundaries = 0
         self._anchor_told = 0
         self._settled = True
@@ -129,7 +130,15 @@ class Ending:
         """K of the present block, and of the one in flight, where a schedule has been asked for
         them already. That is when a block begins, while the one before is in flight: all workers
         know the same then, and what lands within the block does not change it."""
-        return self.replica.periods.numpy().tolist()
+        if not (self._optimizers[0].overlap and self._optimizers[0].scheduled):
+            return [0, 0]
+        if self._periods_known is None:  # asked for at every step: reading a variable is slow
+            self._periods_known = self.replica.periods.numpy().tolist()
+        return self._periods_known
+
+    def _set_periods(self, present: int, under_way: int) -> None:
+        self.replica.periods.assign([present, under_way])
+        self._periods_known = [present, under_way]
 
     @property
     def all_ended(self) -> bool:
@@ -261,7 +270,7 @@ class Ending:
         if status is not None:
             self._note_landing(status, drift)
         if self._optimizers[0].scheduled:
-            self.replica.periods.assign([self._optimizers[0].period_after(period), period])
+            self._set_periods(self._optimizers[0].period_after(period), period)
 
     def land_within(self) -> None:
         """Waits for what is under way, which lands here, within the next block."""
@@ -280,7 +289,7 @@ class Ending:
         self._note_landing(status, self._land(sums))
         if flush:
             self._put_right()
-            self.replica.periods.assign([0, 0])
+            self._set_periods(0, 0)
         self.forget_assignments()
 
     def _note_landing(self, status: np.ndarray, drift: Any) -> None:
@@ -290,6 +299,7 @@ class Ending:
 
     def go_on(self) -> None:
         """Sends again what was in flight when the present state was written to a backup."""
+        self._periods_known = None
         self.ready()
         if self._optimizers[0].in_flight:
             self.flight.depart(self._transport, self._send_again())
@@ -300,7 +310,7 @@ class Ending:
         self.weights_set = self._uneven = self._differing = False
         self.flight.drop()
         self.replica.steps.assign(0)
-        self.replica.periods.assign([0, 0])
+        self._set_periods(0, 0)
 
     def _arrive(self) -> tuple[Any, np.ndarray]:
         self.ready()  # what was set meanwhile is for the outer step to come
