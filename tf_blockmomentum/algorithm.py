@@ -74,9 +74,10 @@ class Blocks(Settings):
         having = having - self.without_momentum
         return [x for x, v in zip(variables, self.built_variables, strict=True) if id(v) in having]
 
-    def deltas(self):
-        """How far this replica's weights have moved in this block, in replica context."""
-        pairs = zip(self.trained_variables, self.begins(), strict=True)
+    def deltas(self, under_way=None):
+        """How far this replica's weights have moved in this block, in replica context. With
+        `overlap`: `under_way`, whether the block before has not landed yet, if it is known."""
+        pairs = zip(self.trained_variables, self.begins(under_way), strict=True)
         return [ops.subtract(w, x) for w, x in pairs]
 
     def end_block(self, deltas, d, steps):
@@ -159,8 +160,39 @@ class Blocks(Settings):
         else:
             ahead = (beta, zeta)
         self._ahead.assign(ahead)
-        for w, x in zip(self.trained_variables, self.begins(), strict=True):
+        for w, x in zip(self.trained_variables, self.begins(under_way=True), strict=True):
             w.assign(x)
+
+    @property
+    def steps_aside(self):
+        """Whether what a mean that lands within a block changes of this replica's weights can be
+        told before the outer step (`step_aside`): it is then one pass over them, and not two."""
+        constrained = any(w.constraint is not None for w in self.trained_variables)
+        return self.block_momentum is not None and not self._warm_up and not constrained
+
+    def step_aside(self, d):
+        """Before the outer step of the block before lands within the next one, in place of
+        `step_off` and `step_on`: anchor + (w_j - start_j), which is w_j + (v - what was foretold).
+
+        Args:
+            d: the means that land, or None if nothing does.
+        """
+        self._in_flight.assign(False)
+        of_velocity, of_sent = tf.unstack(ops.convert_to_tensor(self._ahead))
+        beta, zeta = self.block_momentum, self.block_learning_rate
+        rows = zip(
+            self.trained_variables, self.sent, self._velocities(), d or self.sent, strict=True
+        )
+        for w, sent, v, mean in rows:
+            sent = ops.convert_to_tensor(sent)
+            step = -tf.cast(of_sent, sent.dtype) * sent
+            if v is not None:
+                v = ops.convert_to_tensor(v)
+                step -= tf.cast(of_velocity, sent.dtype) * v
+            if d is not None:
+                velocity = zeta * mean if v is None else beta * v + zeta * mean
+                step += beta * velocity + zeta * mean if self.nesterov else velocity
+            w.assign_add(step)
 
     def step_off(self):
         """Before the outer step of the block before lands within the next one: what this replica
@@ -191,21 +223,30 @@ class Blocks(Settings):
         """Whether there are any, a bool."""
         return self.overlap and bool(self._in_flight.numpy())
 
-    def begins(self):
-        """Where this replica began the block, in replica context: until the mean of the block
-        before has landed start_j, which its state tells, and from then on the anchor."""
-        if not self.overlap:
-            return list(map(ops.convert_to_tensor, self.anchors))
+    @property
+    def under_way(self):
+        """As `in_flight`, in replica context: a tensor."""
+        return ops.convert_to_tensor(self._in_flight)
+
+    def _velocities(self):
+        """The velocity of each variable with block momentum, or None where there is none."""
         outer, anchors = self.outer_optimizer, self.anchors
-        velocities = [None] * len(anchors)
-        if self.block_momentum is not None and outer.momentums:
-            velocities = [outer.momentums[_keras.index_of(outer, a)] for a in anchors]
-        in_flight = ops.convert_to_tensor(self._in_flight)
+        if self.block_momentum is None or not outer.momentums:
+            return [None] * len(anchors)
+        return [outer.momentums[_keras.index_of(outer, a)] for a in anchors]
+
+    def begins(self, under_way=None):
+        """Where this replica began the block, in replica context: until the mean of the block
+        before has landed start_j, which its state tells, and from then on the anchor. If it is
+        known which, `under_way` spares the passes over what the other would take."""
+        if not self.overlap or under_way is False:
+            return list(map(ops.convert_to_tensor, self.anchors))
+        in_flight = self.under_way
         # As they were when the block began: they may have been set since.
         of_velocity, of_sent = tf.unstack(ops.convert_to_tensor(self._ahead))
         begins = []
         for w, anchor, sent, v in zip(
-            self.trained_variables, anchors, self.sent, velocities, strict=True
+            self.trained_variables, self.anchors, self.sent, self._velocities(), strict=True
         ):
             anchor, sent = ops.convert_to_tensor(anchor), ops.convert_to_tensor(sent)
             step = tf.cast(of_sent, sent.dtype) * sent
@@ -214,7 +255,7 @@ class Blocks(Settings):
             begin = anchor + step
             if w.constraint is not None:
                 begin = w.constraint(begin)
-            begins.append(tf.where(in_flight, begin, anchor))
+            begins.append(begin if under_way else tf.where(in_flight, begin, anchor))
         return begins
 
     def drift(self, d, square):

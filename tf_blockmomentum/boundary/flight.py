@@ -64,17 +64,21 @@ class OverlappedBoundary(Boundary):
         """Lands a block within the next one: what this replica has moved in that is kept, and
         belongs to its next delta. Returns the drift."""
 
-        def step_off() -> None:
-            for optimizer in self._optimizers:
-                optimizer.step_off()
+        if all(optimizer.steps_aside for optimizer in self._optimizers):
+            drift = self._outer_step(sums, aside=True)
+        else:
 
-        def step_on() -> None:
-            for optimizer in self._optimizers:
-                optimizer.step_on()
+            def step_off() -> None:
+                for optimizer in self._optimizers:
+                    optimizer.step_off()
 
-        self._compiled(step_off)()
-        drift = self._outer_step(sums)
-        self._compiled(step_on)()
+            def step_on() -> None:
+                for optimizer in self._optimizers:
+                    optimizer.step_on()
+
+            self._compiled(step_off)()
+            drift = self._outer_step(sums)
+            self._compiled(step_on)()
         self.land_statistics(sums)
         return drift
 
@@ -83,8 +87,9 @@ class OverlappedBoundary(Boundary):
         changed since."""
         self._land_statistics(sums, tf.constant(True))
 
-    def _outer_step(self, sums: list[tf.Tensor]) -> tf.Tensor:
-        """The outer step of a block that has arrived. Returns the drift."""
+    def _outer_step(self, sums: list[tf.Tensor], aside: bool = False) -> tf.Tensor:
+        """The outer step of a block that has arrived. Returns the drift. `aside`: this replica
+        goes on with the next block, and its weights move with what lands."""
         sums, header = self.header.detach(self._decoded(sums))
         self._measure(sums, header)
 
@@ -93,11 +98,19 @@ class OverlappedBoundary(Boundary):
             share = share_of(numbers["active"])
             drift = self._optimizers[0].drift(d, numbers["square"] * share)
             for optimizer, its_d in self._by_optimizer(d):
+                if aside:
+                    optimizer.step_aside(its_d)
                 optimizer.land(its_d, tf.reduce_sum(numbers["steps"]) * share)
             return drift
 
+        def nothing() -> tf.Tensor:
+            if aside:
+                for optimizer in self._optimizers:
+                    optimizer.step_aside(None)
+            return tf.constant(0.0)
+
         step, some = self._compiled(outer_step), self.header.read(header)["active"] > 0
-        return tf.cond(some, lambda: step(sums, header), lambda: 0.0)
+        return tf.cond(some, lambda: step(sums, header), self._compiled(nothing))
 
     def _land_statistics(self, sums: list[tf.Tensor], begun: tf.Tensor) -> None:
         """`begun`: whether they have changed since they were sent."""
@@ -117,8 +130,8 @@ class OverlappedBoundary(Boundary):
 
         self._compiled(land)(sums, header, begun)
 
-    def _keep(self, steps: tf.Tensor) -> None:
-        super()._keep(steps)
+    def _keep(self, steps: tf.Tensor, under_way: bool = False) -> None:
+        super()._keep(steps, under_way)
         for v in self.statistics:
             self._sent_statistics[id(v)].assign(v)
 

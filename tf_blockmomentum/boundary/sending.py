@@ -126,7 +126,9 @@ class Sending:
         steps = tf.convert_to_tensor(self.steps)
         self.steps.assign(tf.zeros_like(self.steps))
         if self._overlap:
-            self._compiled(self._keep)(steps)
+            landed, under_way = map(self._compiled, (self._keep, self._keep_under_way))
+            in_flight = self._optimizers[0].under_way
+            tf.cond(in_flight, lambda: under_way(steps), lambda: landed(steps))
         packs, codes, scales = self._packs(steps), [], None
         tested = packs
         if self._feedback:
@@ -187,19 +189,23 @@ class Sending:
 
         return (groups if self._overlap else self._compiled(groups))(steps)
 
-    def _wanted(self, steps: tf.Tensor) -> list[tf.Tensor]:
+    def _wanted(self, steps: tf.Tensor, under_way: bool | None = None) -> list[tf.Tensor]:
         """This replica's deltas and what has been kept back of them; 0 if it took no step."""
-        deltas = [x for optimizer in self._optimizers for x in optimizer.deltas()]
+        deltas = [x for optimizer in self._optimizers for x in optimizer.deltas(under_way)]
         kept_back = self._feedback or self._float16
         if kept_back:
             pairs = zip(deltas, kept_back.residuals, strict=True)
             deltas = [tf.cast(x, r.dtype) + r for x, r in pairs]
         return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
 
-    def _keep(self, steps: tf.Tensor) -> None:
+    def _keep(self, steps: tf.Tensor, under_way: bool = False) -> None:
         """With `overlap`: the deltas are in variables from now on."""
-        for optimizer, deltas in self._by_optimizer(self._wanted(steps)):
+        for optimizer, deltas in self._by_optimizer(self._wanted(steps, under_way)):
             optimizer.keep_deltas(deltas)
+
+    def _keep_under_way(self, steps: tf.Tensor) -> None:
+        """As `_keep`, where the block before has not landed."""
+        self._keep(steps, under_way=True)
 
     def _kept(self, steps: tf.Tensor) -> list[tf.Tensor]:
         """As `_wanted`, from variables if it is there."""
