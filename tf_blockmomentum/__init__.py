@@ -3,6 +3,7 @@
 import importlib as _importlib
 import os as _os
 import sys as _sys
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
@@ -64,7 +65,7 @@ else:
     ]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> _Any:
     if name == "tuner":  # only now: it imports keras_tuner, which not everybody has
         return _importlib.import_module("tf_blockmomentum.tuner")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +173,7 @@ def medians(rows: np.ndarray) -> np.ndarray:
     return _quietly(np.nanmedian, rows)
 
 
-def _quietly(function: Callable, rows: np.ndarray) -> np.ndarray:
+def _quietly(function: Callable[..., Any], rows: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN
         return function(rows, axis=0)
