@@ -37,7 +37,8 @@ def public_members():
     for name in tfbm.__all__:
         thing = getattr(tfbm, name)
         yield name, thing
-        for attribute, member in vars(thing).items():
+        public = getattr(thing, "__all__", vars(thing))
+        for attribute, member in [(key, vars(thing)[key]) for key in public]:
             if not attribute.startswith("_") and (
                 callable(member) or isinstance(member, property)
             ):

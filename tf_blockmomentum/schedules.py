@@ -8,6 +8,16 @@ import keras
 
 from tf_blockmomentum.checks import check_number
 
+__all__ = [
+    "DriftPeriod",
+    "GrowingPeriod",
+    "Period",
+    "PiecewisePeriod",
+    "PostLocal",
+    "QuadraticPeriod",
+    "SyncPeriodSchedule",
+]
+
 _LONGEST = 2**31 - 1  # steps of a block that the end of an epoch will end
 
 # What `sync_period` may be: K, a schedule of it, or a function of the global step.
