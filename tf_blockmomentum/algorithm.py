@@ -192,7 +192,7 @@ class Blocks(Settings):
         """Whether there are any, a bool."""
         return bool(self.overlap and self._in_flight.numpy())
 
-    def begins(self) -> list[tf.Tensor]:
+    def begins(self) -> list[Any]:
         """Where this replica began the block, in replica context: until the mean of the block
         before has landed start_j, which its state tells, and from then on the anchor."""
         if not self.overlap:

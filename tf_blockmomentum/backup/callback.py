@@ -272,7 +272,7 @@ class BlockBackup(keras.callbacks.Callback):
         if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
             arrays |= position_of(iterator)
 
-        def members() -> Iterator[tuple[str, np.ndarray]]:
+        def members() -> Iterator[tuple[str, np.ndarray | np.generic]]:
             yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
             yield from arrays.items()
             for i, variable in enumerate(self._variables):

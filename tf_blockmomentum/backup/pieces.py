@@ -45,7 +45,7 @@ class Piece(dict[str, Any]):
             return file[name]
 
 
-def write(path: pathlib.Path, members: Iterable[tuple[str, np.ndarray]]) -> None:
+def write(path: pathlib.Path, members: Iterable[tuple[str, np.ndarray | np.generic]]) -> None:
     """Writes an npz and then its checksum, each under another name first: the checksum's
     presence says that the file is whole."""
     temporary = path.with_suffix(".tmp")
@@ -69,11 +69,13 @@ def worker_counts(directory: pathlib.Path) -> list[int]:
     return sorted({int(match[2]) for match in matches if match})
 
 
-def to_bytes(array: np.ndarray) -> np.ndarray:
+def to_bytes(array: np.ndarray | np.generic) -> np.ndarray | np.generic:
     """NumPy's format does not know bfloat16 and its like."""
     return array if array.dtype.kind in "biuf" else np.frombuffer(array.tobytes(), np.uint8)
 
 
 def from_bytes(array: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
-    dtype = tf.as_dtype(dtype).as_numpy_dtype
-    return array if array.dtype == dtype else np.frombuffer(array.tobytes(), dtype).reshape(shape)
+    wanted = tf.as_dtype(dtype).as_numpy_dtype
+    if array.dtype == wanted:
+        return array
+    return np.frombuffer(array.tobytes(), wanted).reshape(shape)

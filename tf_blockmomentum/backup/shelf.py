@@ -39,7 +39,7 @@ class Shelf:
         self._names: list[str] = []  # of the backups that count, the oldest first
         self.run = 0  # a number of this fit's, once `newest` has been asked for
 
-    def put(self, name: str, members: Iterable[tuple[str, np.ndarray]]) -> None:
+    def put(self, name: str, members: Iterable[tuple[str, np.ndarray | np.generic]]) -> None:
         """Writes this worker's piece of a backup, and removes its oldest. Raises OSError."""
         directory = self._directory / name
         path = directory / f"worker-{self._worker}-of-{self._workers}.npz"
