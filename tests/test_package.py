@@ -23,10 +23,18 @@ ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 OFFLINE = ["--no-deps", "--no-index", "--quiet"]
-EVERY_MODULE = """
+WHAT_IS_THERE = """
 import importlib.metadata, importlib.util, pathlib
 package = pathlib.Path(importlib.util.find_spec("tf_blockmomentum").origin).parent
 print(importlib.metadata.version("tf-blockmomentum"), (package / "py.typed").exists(), package)
+"""
+USER = """
+import tf_blockmomentum as tfbm
+
+reveal_type(tfbm.BlockMomentum("sgd", overlap=0.5).blocks)
+tfbm.BlockMomentum("sgd", sync_period="many")
+tfbm.NoSuchThing
+reveal_type(tfbm.tuner.time_to_target)
 """
 
 
@@ -100,9 +108,25 @@ def test_one_version_everywhere(built):
 
 
 def test_an_environment_with_nothing_else(environment):
-    version, typed, package = run(environment / "python", "-I", "-c", EVERY_MODULE).split()
+    version, typed, package = run(environment / "python", "-I", "-c", WHAT_IS_THERE).split()
     assert (version, typed) == (tfbm.__version__, "True")
     assert str(environment.parent) in package
+
+
+def test_a_type_checker_sees_the_types(environment, tmp_path):
+    """In a script of a user's, which imports what is installed."""
+    (tmp_path / "user.py").write_text(USER)
+    checker = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary"]
+    found = subprocess.run(
+        [*checker, "--python-executable", environment / "python", "user.py"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    lines = [line.split(": ", 1)[1] for line in found.stdout.splitlines()]
+    assert [line.partition(":")[0] for line in lines] == ["note", "error", "error", "note"], lines
+    assert 'Revealed type is "int"' in lines[0]
+    assert 'expected "int | Callable[..., int]"' in lines[1]
+    assert 'has no attribute "NoSuchThing"' in lines[2]
+    assert "metric: str, target: float" in lines[3]
 
 
 def test_the_commands_need_no_tensorflow(environment):
