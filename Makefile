@@ -79,6 +79,7 @@ lint: $(VENV)/installed-all
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 format: $(VENV)/installed-all
 	$(BIN)/ruff format .

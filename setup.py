@@ -32,6 +32,7 @@ DEV = [
     "pytest-xdist>=3.8",  # tracing is one thread's work; two cores halve the wait
     "nbclient>=0.10",  # runs examples/notebook.ipynb as a notebook server would
     "ipykernel>=6.29",  # the kernel it runs in
+    "setuptools>=70.1",  # tests/test_package.py builds the wheel with it, without a network
 ]
 
 PLOT = [
@@ -47,7 +48,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["tf_blockmomentum", "tf_blockmomentum.*"]),
+    package_data={"tf_blockmomentum": ["py.typed"]},
     # The oldest versions are those the tests pass on (make test-oldest). Keras 4 may move
     # the private methods that _private stands on.
     install_requires=[

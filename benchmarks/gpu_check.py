@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cluster
 
@@ -45,7 +46,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=RUNS, help="where the report goes")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
-    results = {}
+    results: dict[str, Any] = {}
     for part in dict.fromkeys(["machine", *options.only]):
         left = until - time.monotonic()
         began = time.monotonic()

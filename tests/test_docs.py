@@ -37,7 +37,8 @@ def public_members():
     for name in tfbm.__all__:
         thing = getattr(tfbm, name)
         yield name, thing
-        for attribute, member in vars(thing).items():
+        public = getattr(thing, "__all__", vars(thing))
+        for attribute, member in [(key, vars(thing)[key]) for key in public]:
             if not attribute.startswith("_") and (
                 callable(member) or isinstance(member, property)
             ):
@@ -66,9 +67,10 @@ def test_the_readme_is_short_and_its_script_is_the_tutorials():
 
 
 def test_commands_in_the_docs_exist():
-    """Every path and make target that README and docs name."""
+    """Every path and make target that README, CONTRIBUTING and docs name."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
         text = page.read_text()
         for target in re.findall(r"^make ([a-z-]+)|`make ([a-z-]+)", text, flags=re.M):
             target = "".join(target)

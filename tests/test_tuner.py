@@ -457,7 +457,7 @@ def test_without_keras_tuner(monkeypatch):
     with pytest.raises(ImportError, match=r"Run: pip install tf-blockmomentum\[tuner\]"):
         tfbm.tuner  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'tunr'"):
-        tfbm.tunr  # noqa: B018
+        tfbm.tunr  # type: ignore[attr-defined]  # noqa: B018
 
 
 # -- what it prints and draws --------------------------------------------------------------------

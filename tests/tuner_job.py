@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import helpers
 import keras
@@ -26,6 +27,7 @@ def say(**what):
 class Told:
     """A tuner that tells what its trials do on this worker."""
 
+    oracle: Any  # the tuner's, in front of which this is put
     trial = None
 
     def on_trial_begin(self, trial):

@@ -3,6 +3,7 @@
 import importlib as _importlib
 import os as _os
 import sys as _sys
+import typing as _typing
 
 __version__ = "0.1.0"
 
@@ -64,7 +65,11 @@ else:
     ]
 
 
-def __getattr__(name):
-    if name == "tuner":  # only now: it imports keras_tuner, which not everybody has
-        return _importlib.import_module("tf_blockmomentum.tuner")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if _typing.TYPE_CHECKING:  # which would take any name for one that is there, from __getattr__
+    from tf_blockmomentum import tuner as tuner
+else:
+
+    def __getattr__(name: str) -> _typing.Any:
+        if name == "tuner":  # only now: it imports keras_tuner, which not everybody has
+            return _importlib.import_module("tf_blockmomentum.tuner")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

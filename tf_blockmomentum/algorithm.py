@@ -1,5 +1,6 @@
 """The algorithm: what a block does to the anchor, the velocity and the replica's weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -74,13 +75,13 @@ class Blocks(Settings):
         having = having - self.without_momentum
         return [x for x, v in zip(variables, self.built_variables, strict=True) if id(v) in having]
 
-    def deltas(self, under_way=None):
+    def deltas(self, under_way: bool | None = None) -> list[tf.Tensor]:
         """How far this replica's weights have moved in this block, in replica context. With
         `overlap`: `under_way`, whether the block before has not landed yet, if it is known."""
         pairs = zip(self.trained_variables, self.begins(under_way), strict=True)
         return [ops.subtract(w, x) for w, x in pairs]
 
-    def end_block(self, deltas, d, steps):
+    def end_block(self, deltas: list[tf.Tensor], d: list[tf.Tensor], steps: tf.Tensor) -> None:
         """Ends a block in this replica: the outer step, and back to the anchor.
 
         Called by `BlockLoop` in replica context, if any replica took a step.
@@ -94,17 +95,17 @@ class Blocks(Settings):
         self._reset_inner_state()
         self._count_block(steps)
 
-    def _count_block(self, steps):
+    def _count_block(self, steps: tf.Tensor) -> None:
         self._blocks.assign_add(1)
         if self.scheduled:
             self._global_step.assign_add(tf.cast(tf.round(steps), "int64"))
 
-    def _reset_inner_state(self):
+    def _reset_inner_state(self) -> None:
         if self.inner_state == "reset":
             for slot, initial in self._initial_slots:
                 slot.assign(ops.full(slot.shape, initial, slot.dtype))
 
-    def take_outer_step(self, deltas, d):
+    def take_outer_step(self, deltas: list[tf.Tensor], d: list[tf.Tensor]) -> None:
         """Moves the anchor by the replicas' mean delta, and this replica to the anchor.
 
         Args:
@@ -114,14 +115,14 @@ class Blocks(Settings):
         self._move_anchor(d)
         self.discard_block()
 
-    def _move_anchor(self, d):
+    def _move_anchor(self, d: list[tf.Tensor]) -> None:
         anchors = self.anchors
 
-        def rest():  # of the block momentum, while warming up
+        def rest() -> None:  # of the block momentum, while warming up
             for anchor, x in zip(anchors, d, strict=True):
                 anchor.assign_add(x)
 
-        def outer_step():
+        def outer_step() -> None:
             self.outer_optimizer.apply([-x for x in d], anchors)  # v = beta v + d; anchor += v
 
         if self._warm_up:
@@ -132,7 +133,7 @@ class Blocks(Settings):
             if w.constraint is not None:
                 anchor.assign(w.constraint(anchor))
 
-    def velocities(self):
+    def velocities(self) -> list[Any]:
         """The velocity of each variable with block momentum, in the order of `anchors`; none
         without block momentum or with an `outer_optimizer` of the user's."""
         outer = self.outer_optimizer
@@ -142,18 +143,18 @@ class Blocks(Settings):
 
     # -- overlap: the outer step comes within the next block ----------------------------------
 
-    def keep_deltas(self, deltas):
+    def keep_deltas(self, deltas: list[tf.Tensor]) -> None:
         """Ends a block in this replica: these are on their way from now on."""
         for x, delta in zip(self.sent, deltas, strict=True):
             x.assign(delta)
         self._in_flight.assign(True)
 
-    def begin_next(self):
+    def begin_next(self) -> None:
         """Begins the next block where the outer step to come would lead if all replicas' deltas
         were this one's, or where the replica is if that cannot be foretold."""
         self._reset_inner_state()
         beta, zeta = self.block_momentum, self.block_learning_rate
-        if beta is None:  # an outer optimizer
+        if beta is None or zeta is None:  # an outer optimizer
             ahead = (0.0, 1.0)
         elif self.nesterov:  # beta (beta v + zeta delta) + zeta delta
             ahead = (beta * beta, (beta + 1) * zeta)
@@ -164,13 +165,13 @@ class Blocks(Settings):
             w.assign(x)
 
     @property
-    def steps_aside(self):
+    def steps_aside(self) -> bool:
         """Whether what a mean that lands within a block changes of this replica's weights can be
         told before the outer step (`step_aside`): it is then one pass over them, and not two."""
         constrained = any(w.constraint is not None for w in self.trained_variables)
         return self.block_momentum is not None and not self._warm_up and not constrained
 
-    def step_aside(self, d):
+    def step_aside(self, d: list[tf.Tensor] | None) -> None:
         """Before the outer step of the block before lands within the next one, in place of
         `step_off` and `step_on`: anchor + (w_j - start_j), which is w_j + (v - what was foretold).
 
@@ -194,18 +195,18 @@ class Blocks(Settings):
                 step += beta * velocity + zeta * mean if self.nesterov else velocity
             w.assign_add(step)
 
-    def step_off(self):
+    def step_off(self) -> None:
         """Before the outer step of the block before lands within the next one: what this replica
         has moved since that began takes the place of its weights."""
         for w, x in zip(self.trained_variables, self.begins(), strict=True):
             w.assign(ops.subtract(w, x))
 
-    def land(self, d, steps):
+    def land(self, d: list[tf.Tensor], steps: tf.Tensor) -> None:
         """The outer step of the block before, with its means, as in `end_block`."""
         self._move_anchor(d)
         self._count_block(steps)
 
-    def step_on(self):
+    def step_on(self) -> None:
         """After it: w_j = anchor + (w_j - start_j). What was moved meanwhile belongs to the delta
         of this block."""
         self._in_flight.assign(False)
@@ -214,28 +215,28 @@ class Blocks(Settings):
             w.assign(value if w.constraint is None else w.constraint(value))
 
     @property
-    def sent(self):
+    def sent(self) -> list[Any]:
         """This replica's deltas in flight, a variable for each one with block momentum."""
         return self._of(self._sent)
 
     @property
-    def in_flight(self):
+    def in_flight(self) -> bool:
         """Whether there are any, a bool."""
-        return self.overlap and bool(self._in_flight.numpy())
+        return bool(self.overlap and self._in_flight.numpy())
 
     @property
-    def under_way(self):
+    def under_way(self) -> tf.Tensor:
         """As `in_flight`, in replica context: a tensor."""
         return ops.convert_to_tensor(self._in_flight)
 
-    def _velocities(self):
+    def _velocities(self) -> list[Any]:
         """The velocity of each variable with block momentum, or None where there is none."""
         outer, anchors = self.outer_optimizer, self.anchors
         if self.block_momentum is None or not outer.momentums:
             return [None] * len(anchors)
         return [outer.momentums[_keras.index_of(outer, a)] for a in anchors]
 
-    def begins(self, under_way=None):
+    def begins(self, under_way: bool | None = None) -> list[Any]:
         """Where this replica began the block, in replica context: until the mean of the block
         before has landed start_j, which its state tells, and from then on the anchor. If it is
         known which, `under_way` spares the passes over what the other would take."""
@@ -258,7 +259,7 @@ class Blocks(Settings):
             begins.append(begin if under_way else tf.where(in_flight, begin, anchor))
         return begins
 
-    def drift(self, d, square):
+    def drift(self, d: list[tf.Tensor], square: tf.Tensor) -> tf.Tensor:
         """The drift, or 0 where it is not measured.
 
         Args:
@@ -271,44 +272,44 @@ class Blocks(Settings):
         return tf.sqrt(tf.math.divide_no_nan(spread, square_norm(self.anchors)))
 
     @property
-    def averaged_state(self):
+    def averaged_state(self) -> list[Any]:
         """Variables of the inner optimizer that are averaged at a boundary."""
         return _keras.slots(self.inner_optimizer) if self.inner_state == "average" else []
 
     # -- how long a block is -----------------------------------------------------------------
 
     @property
-    def scheduled(self):
+    def scheduled(self) -> bool:
         """Whether `sync_period` is a schedule."""
         return not isinstance(self.sync_period, int)
 
     @property
-    def _warm_up(self):
+    def _warm_up(self) -> int:
         return getattr(self.sync_period, "warm_up", 0)
 
     @property
-    def measures_drift(self):
+    def measures_drift(self) -> bool:
         """Whether the schedule of `sync_period` wants to know the drift."""
         return getattr(self.sync_period, "measures_drift", False)
 
     @property
-    def warming_up(self):
+    def warming_up(self) -> bool:
         """Whether the block that begins is a step of a synchronous warm start."""
         return self._warm_up > 0 and int(self._global_step.numpy()) < self._warm_up
 
     @property
-    def reads_rate(self):
+    def reads_rate(self) -> bool:
         """Whether the schedule of `sync_period` wants to know the inner learning rate."""
         return getattr(self.sync_period, "reads_rate", False)
 
     @property
-    def period(self):
+    def period(self) -> int:
         """K of the block that begins where all blocks have landed, an int."""
         return self.period_after(0)
 
-    def period_after(self, steps):
+    def period_after(self, steps: int) -> int:
         """K of the block that begins after so many steps of blocks that have not landed."""
-        if not self.scheduled:
+        if isinstance(self.sync_period, int):
             return self.sync_period
         begins, adapted = int(self._global_step.numpy()) + steps, int(self._adapted.numpy())
         if not self.reads_rate:
@@ -320,17 +321,18 @@ class Blocks(Settings):
                 self._adapted.assign(adapted)
         return adapted
 
-    def adapt_period(self, period, steps, drift):
+    def adapt_period(self, period: int, steps: int, drift: float) -> None:
         """Tells the schedule of a block that has ended, `steps` of its `period` long."""
         if self.reads_rate:
             self._adapted.assign(0)
         elif self.measures_drift and steps:
             before = int(self._adapted.numpy())
             begun = int(self._global_step.numpy()) - steps
-            adapted = self.sync_period.adapt(begun, period, drift)
+            schedule: Any = self.sync_period
+            adapted = schedule.adapt(begun, period, drift)
             self._adapted.assign(adapted if steps >= period else min(adapted, before))
 
-    def restart_block(self):
+    def restart_block(self) -> None:
         """Takes the present weights for the anchor, on every replica of this worker: they
         may have been set or loaded since the last boundary."""
         if self.overlap:
@@ -340,7 +342,7 @@ class Blocks(Settings):
                 anchor.assign(w)
                 w.assign(anchor)
 
-    def discard_block(self):
+    def discard_block(self) -> None:
         """Takes the anchor for the present weights: the reverse of `restart_block`."""
         if self.overlap:
             self._in_flight.assign(False)
@@ -348,17 +350,17 @@ class Blocks(Settings):
             w.assign(anchor)
 
 
-def square_norm(tensors):
+def square_norm(tensors: Sequence[Any]) -> tf.Tensor:
     """The sum of the squares of all their elements, in float32."""
     return tf.add_n([tf.reduce_sum(tf.square(tf.cast(t, tf.float32))) for t in tensors])
 
 
-def square_sum(tensors):
+def square_sum(tensors: Sequence[Any]) -> tf.Tensor:
     """As `square_norm`, in one pass without XLA."""
     return tf.add_n([2 * tf.nn.l2_loss(tf.cast(t, tf.float32)) for t in tensors])
 
 
-def inner_product(tensors, others):
+def inner_product(tensors: Sequence[Any], others: Sequence[Any]) -> tf.Tensor:
     """The sum of the products of their elements, in float32 and in one pass without XLA."""
     products = []
     for t, o in zip(tensors, others, strict=True):

@@ -151,31 +151,31 @@ class BlockTraining(keras.callbacks.Callback):
         self._wrappers = wrappers
 
     @property
-    def _settings(self) -> tuple:
+    def _settings(self) -> tuple[Any, ...]:
         return self.jit_compile, self.on_nonfinite, self.refresh_statistics
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """A new fit: before its first step the workers compare what they start from."""
         self._fit = fit_of(self.model)
         if self._loop is not None:
             self._begin_fit()
 
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """A new epoch: nobody's data has ended."""
         progress.note_epoch(epoch + 1, self.params.get("epochs") or 0)
         if self._loop is not None:
             self._loop.begin_epoch()
 
-    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._begin = batch
 
-    def on_test_begin(self, logs: dict | None = None) -> None:
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         self.flush()
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self.flush()
 
-    def on_train_end(self, logs: dict | None = None) -> None:
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self.model.train_function = self._between_fits
         self.observe(Observer())
         progress.note("has ended fit")
@@ -307,7 +307,7 @@ def between_fits(model: keras.Model) -> Callable[[Any], Any]:
     return training._between_fits
 
 
-def make_test_function(model):
+def make_test_function(model: keras.Model) -> Callable[[Any], Any]:
     """What evaluate calls under a block strategy: steps without communication; the metrics
     are reduced over the replicas when Keras reads them, once at the end."""
     jit_compile = model_jit(model, "auto")
@@ -328,7 +328,7 @@ def make_test_function(model):
 install(make_test_function, between_fits)
 
 
-def model_jit(model, jit_compile):
+def model_jit(model: keras.Model, jit_compile: bool | str) -> bool:
     """Whether to compile a model's steps with XLA; an error if its layers cannot be."""
     unsupported = [layer.name for layer in _models.layers_of(model) if not layer.supports_jit]
     if jit_compile is True and unsupported:
@@ -341,7 +341,7 @@ def model_jit(model, jit_compile):
         return False
     if jit_compile == "auto":
         return not unsupported and (bool(model.jit_compile) or resolve_jit("auto"))
-    return jit_compile
+    return bool(jit_compile)
 
 
 def _spec_of(leaf: Any) -> Any:

@@ -1,7 +1,16 @@
 """Checks of arguments that several rooms have."""
 
+from typing import Any
 
-def check_number(name, value, kind, expected, least, below=float("inf")):
+
+def check_number(
+    name: str,
+    value: Any,
+    kind: type[Any],
+    expected: str,
+    least: float,
+    below: float = float("inf"),
+) -> None:
     """Raises ValueError unless `value` is of `kind` and `least <= value < below`."""
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < below:
         raise ValueError(f"`{name}` must be {expected}. Received: {name}={value!r}.")

@@ -1,5 +1,8 @@
 """ChiefOnly: callbacks that write files, on one worker."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
 from tf_blockmomentum.strategy import worker_of
@@ -22,7 +25,7 @@ class ChiefOnly(keras.callbacks.Callback):
     >>> checkpoint = tfbm.ChiefOnly(keras.callbacks.ModelCheckpoint("best.keras"))
     """
 
-    def __init__(self, callback):
+    def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         if getattr(callback, "on_all_workers", False):
             raise ValueError(
@@ -33,22 +36,22 @@ class ChiefOnly(keras.callbacks.Callback):
         self.callback = callback
         self._calls = False  # until the model tells which worker this is
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         self._calls = worker_of(model.distribute_strategy)[0] == 0
         if self._calls:
             self.callback.set_model(model)
             self.callback.set_params(self.params)
 
-    def set_params(self, params):
+    def set_params(self, params: dict[str, Any]) -> None:
         """Passes them on, if the model came first, as in Keras's CallbackList."""
         super().set_params(params)
         if self._calls:
             self.callback.set_params(params)
 
 
-def _passed_on(hook):
-    def method(self, *args, **kwargs):
+def _passed_on(hook: str) -> Callable[..., None]:
+    def method(self: ChiefOnly, *args: Any, **kwargs: Any) -> None:
         if self._calls:
             getattr(self.callback, hook)(*args, **kwargs)
 

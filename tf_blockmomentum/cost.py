@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Self
 
 from tf_blockmomentum.landing import check_overlap, landing_step
 
@@ -54,41 +55,43 @@ class CostModel:
     latency: float = 0.0
     boundary_seconds: float = 0.0
 
-    def compressed(self, compression=None):
+    def compressed(self, compression: str | None = None) -> Self:
         """The model with deltas that travel as codes: None, "float16", "int8" or "int4" in place
         of float32. Coding itself, a pass over the weights, is not in it."""
         share = COMPRESSED_BYTES[compression] / 4 if compression else 1
         return dataclasses.replace(self, model_bytes=self.model_bytes * share)
 
-    def messages(self, replicas):
+    def messages(self, replicas: int) -> float:
         """Seconds that the messages of one boundary take among `replicas` workers."""
         hops = 2 * (replicas - 1)
         return hops / replicas * self.model_bytes / self.bandwidth + hops * self.latency
 
-    def boundary(self, replicas):
+    def boundary(self, replicas: int) -> float:
         """Seconds of one boundary, if nothing else goes on meanwhile."""
         return self.boundary_seconds + self.messages(replicas)
 
-    def block(self, sync_period, replicas, overlap=False):
+    def block(self, sync_period: float, replicas: int, overlap: float | bool = False) -> float:
         """Seconds of one block and its boundary."""
         hidden = landing_step(check_overlap(overlap), sync_period) * self.step_seconds
         rest = sync_period * self.step_seconds - hidden
         return self.boundary_seconds + max(hidden, self.messages(replicas)) + rest
 
-    def step(self, sync_period, replicas, overlap=False):
+    def step(self, sync_period: float, replicas: int, overlap: float | bool = False) -> float:
         """Seconds of one step, its share of the boundary included."""
         return self.block(sync_period, replicas, overlap) / sync_period
 
-    def share(self, sync_period, replicas, overlap=False):
+    def share(self, sync_period: float, replicas: int, overlap: float | bool = False) -> float:
         """The speed as a share of that without communication: 1 where a boundary costs nothing."""
         return self.step_seconds / self.step(sync_period, replicas, overlap)
 
-    def throughput(self, batch, sync_period, replicas, overlap=False):
+    def throughput(
+        self, batch: int, sync_period: float, replicas: int, overlap: float | bool = False
+    ) -> float:
         """Examples per second of all replicas together, each with `batch` a step."""
         return batch * replicas / self.step(sync_period, replicas, overlap)
 
 
-def parse_bandwidth(text):
+def parse_bandwidth(text: str) -> float:
     """Bytes per second of "1gbit", "100mbit", "2.5 Gbit/s" (as `tc` writes them).
 
     Raises:

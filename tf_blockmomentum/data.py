@@ -22,7 +22,7 @@ class Data:
         # forever for one that is left over when the process ends.
         self._iterator: Callable[[], Any] = lambda: None
         self._taken = 0
-        self._lookahead: tuple | None = None  # (iterator, Optional of its next batch)
+        self._lookahead: tuple[Any, Any] | None = None  # (iterator, Optional of its next batch)
         self._finished: Callable[[], Any] = lambda: None  # whose end all replicas have reached
 
     def take_seen(self, iterator: Any) -> Any:

@@ -43,7 +43,7 @@ def fingerprint(x: Any, y: Any) -> int:
         return 0
 
 
-_iterators: weakref.WeakSet = weakref.WeakSet()  # that an earlier fit was given
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()  # that an earlier fit was given
 
 
 def note_iterator(x: Any, strategy: tf.distribute.Strategy) -> None:

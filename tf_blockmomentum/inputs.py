@@ -1,5 +1,7 @@
 """Datasets on their way to the replicas."""
 
+from typing import Any
+
 import tensorflow as tf
 
 # TensorFlow's distributed iterators take no None, an optional input that is not given (tensorflow
@@ -7,8 +9,8 @@ import tensorflow as tf
 _NONE = tf.qint32
 
 
-def mark_none(dataset):
-    def mark(*element):
+def mark_none(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def mark(*element: Any) -> Any:
         leaves = tf.nest.flatten(element)
         size = tf.shape(next(leaf for leaf in leaves if isinstance(leaf, tf.Tensor)))[0]
         none = tf.bitcast(tf.zeros([size], tf.int32), _NONE)
@@ -19,11 +21,11 @@ def mark_none(dataset):
     return dataset.map(mark) if any(isinstance(s, tf.NoneTensorSpec) for s in specs) else dataset
 
 
-def copied(*element):
+def copied(*element: Any) -> Any:
     """A batch in memory of its own. A generator's arrays are used where they are, and a replica's
     part of one could be overwritten by the step that has it: the user's sample weights were."""
 
-    def copy(leaf):
+    def copy(leaf: Any) -> Any:
         kept = not isinstance(leaf, tf.Tensor) or leaf.dtype in (_NONE, tf.variant)
         return leaf if kept else tf.raw_ops.DeepCopy(x=leaf)
 
@@ -31,14 +33,14 @@ def copied(*element):
     return copies if len(copies) > 1 else copies[0]
 
 
-def none_for_marks(data):
+def none_for_marks(data: Any) -> Any:
     """Puts None back where a dataset had it; of tensors or of their specs."""
     return tf.nest.map_structure(
         lambda leaf: None if getattr(leaf, "dtype", None) == _NONE else leaf, data
     )
 
 
-def no_device_buffer():
+def no_device_buffer() -> tf.distribute.InputOptions:
     """Input options without which a worker crashed in one of some 60 fits on busy machines.
 
     With a buffer on the device, TensorFlow's default, a thread of its own reads ahead. If the
@@ -49,7 +51,7 @@ def no_device_buffer():
     return tf.distribute.InputOptions(experimental_per_replica_buffer_size=0)
 
 
-def check_global_batch(size, strategy):
+def check_global_batch(size: int | None, strategy: tf.distribute.Strategy) -> None:
     """Raises ValueError unless the replicas can share out batches of `size` (None: unknown)."""
     replicas = strategy.num_replicas_in_sync
     if size and size % replicas:

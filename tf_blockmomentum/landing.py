@@ -2,11 +2,14 @@
 
 import math
 import numbers
+from typing import TypeVar
 
 import numpy as np
 
+_Steps = TypeVar("_Steps", int, float)  # a float where K is a mean
 
-def check_overlap(overlap):
+
+def check_overlap(overlap: float | bool) -> float | bool:
     """Returns what `overlap` may be: False, or a fraction as a float (0.5 for True)."""
     if isinstance(overlap, bool | np.bool_):
         return 0.5 if overlap else False
@@ -22,7 +25,7 @@ def check_overlap(overlap):
     return fraction
 
 
-def landing_step(overlap, period):
+def landing_step(overlap: float | bool, period: _Steps) -> _Steps:
     """After how many local steps of a block of `period` the mean of the block before lands;
     0 without overlap."""
     # What a product's rounding adds is no step: 0.1 * 30 is a little more than 3.

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -13,7 +14,7 @@ from tf_blockmomentum.algorithm import Blocks
 class NotBuilt(Exception):
     """A step applied an optimizer that is not built yet; to which variables."""
 
-    def __init__(self, optimizer, variables):
+    def __init__(self, optimizer: Any, variables: Sequence[Any] | None) -> None:
         super().__init__(optimizer.name)
         self.optimizer, self.variables = optimizer, variables
 
@@ -27,7 +28,9 @@ class Local(Blocks):
     _stepping: bool
     _overwritten: set[int]
 
-    def apply(self, grads, trainable_variables=None):
+    def apply(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None
+    ) -> None:
         """One local step: the inner optimizer's update of this replica's variables.
 
         The gradients are this replica's own, of a loss that is not divided by the number of
@@ -40,14 +43,16 @@ class Local(Blocks):
         with self._updates(grads, trainable_variables):
             self.inner_optimizer.apply(grads, trainable_variables)
 
-    def apply_gradients(self, grads_and_vars):
+    def apply_gradients(self, grads_and_vars: Iterable[tuple[Any, Any]]) -> Any:
         """As `apply`, of pairs; an inner optimizer may have an `apply_gradients` of its own."""
         grads_and_vars = list(grads_and_vars)
         with self._updates(*zip(*grads_and_vars, strict=True)):
             return self.inner_optimizer.apply_gradients(grads_and_vars)
 
     @contextlib.contextmanager
-    def _updates(self, grads=(), variables=None):
+    def _updates(
+        self, grads: Sequence[Any] = (), variables: Sequence[Any] | None = None
+    ) -> Iterator[None]:
         """Around the inner optimizer's update: notes through which variables it goes."""
         if not self._stepping:
             raise RuntimeError(
@@ -69,14 +74,14 @@ class Local(Blocks):
         finally:
             self.updating = False
 
-    def _build_for_step(self, variables):
+    def _build_for_step(self, variables: Sequence[Any] | None) -> None:
         """Builds for a step that is the first to say to which variables. A step that is traced is
         broken off and traced again; one that is taken cannot be, and waits for another thread,
         which is in no replica and may make variables."""
         if not tf.executing_eagerly() or variables is None:
             raise NotBuilt(self, variables)
 
-        def build():
+        def build() -> None:
             with _keras.strategy_of(self).scope():
                 self.build(list(variables))
 
@@ -86,12 +91,12 @@ class Local(Blocks):
             self._stepping = stepping
 
     @property
-    def overwritten(self):
+    def overwritten(self) -> list[Any]:
         """Variables whose "gradients" are their new values (float8's scales)."""
         return [v for v in self.built_variables if id(v) in self._overwritten]
 
     @contextlib.contextmanager
-    def local_step(self):
+    def local_step(self) -> Iterator[None]:
         """Inside, `apply` is allowed: the caller ends the blocks."""
         before, self._stepping = self._stepping, True
         try:

@@ -78,7 +78,7 @@ class BlockLoop:
 
     def __init__(
         self,
-        step_fn: Callable,
+        step_fn: Callable[..., Any],
         optimizer: BlockMomentum | Any | Sequence[Any],
         strategy: tf.distribute.Strategy | None = None,
         averaged_variables: Iterable[Any] = (),
@@ -127,7 +127,7 @@ class BlockLoop:
             optimizers=wrappers,
         )
 
-        self.take_steps: Callable = self._local_steps
+        self.take_steps: Callable[..., Any] = self._local_steps
 
     @property
     def position(self) -> int:
@@ -379,8 +379,8 @@ class BlockLoop:
 
 def check_together(wrappers: Sequence[Any]) -> list[BlockMomentum]:
     """Returns the BlockMomentum optimizers of a loop, if their blocks can end together."""
-    found = [find(optimizer) for optimizer in wrappers]
-    if not found or None in found:
+    found = [optimizer for optimizer in map(find, wrappers) if optimizer is not None]
+    if not found or len(found) < len(wrappers):
         received = wrappers[0] if len(wrappers) == 1 else list(wrappers)
         raise TypeError(
             f"BlockLoop needs a BlockMomentum optimizer. Received: optimizer={received!r}. "

@@ -1,5 +1,8 @@
 """BlockMomentum: the local update inside a replica, the block update at the boundary."""
 
+from collections.abc import Sequence
+from typing import Any, Self
+
 import keras
 import tensorflow as tf
 
@@ -130,17 +133,17 @@ class BlockMomentum(Local, _keras.LocalUpdate):
 
     def __init__(
         self,
-        inner_optimizer,
-        sync_period=16,
-        block_momentum=None,
-        nesterov=None,
-        block_learning_rate=None,
-        outer_optimizer=None,
-        inner_state="keep",
-        overlap=False,
-        name=None,
-        **kwargs,
-    ):
+        inner_optimizer: keras.optimizers.Optimizer | str | dict[str, Any],
+        sync_period: schedules.Period = 16,
+        block_momentum: float | None = None,
+        nesterov: bool | None = None,
+        block_learning_rate: float | None = None,
+        outer_optimizer: keras.optimizers.Optimizer | str | dict[str, Any] | None = None,
+        inner_state: str = "keep",
+        overlap: float | bool = False,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         for argument in kwargs:
             raise ValueError(
                 f"BlockMomentum does not take `{argument}`. Received: {argument}="
@@ -167,7 +170,7 @@ class BlockMomentum(Local, _keras.LocalUpdate):
                 "moment that lands late, and what a replica's own has changed by meanwhile, can "
                 f"come to less than 0. Received: overlap={overlap!r}, inner_state={inner_state!r}."
             )
-        momentum = {
+        momentum: dict[str, Any] = {
             "block_momentum": block_momentum,
             "nesterov": nesterov,
             "block_learning_rate": block_learning_rate,
@@ -189,7 +192,7 @@ class BlockMomentum(Local, _keras.LocalUpdate):
         self.version = 0  # of what is compiled with its settings
         self._updated, self._overwritten = set(), set()
 
-    def check_same_scope(self, what, strategy):
+    def check_same_scope(self, what: str, strategy: tf.distribute.Strategy) -> None:
         """Raises ValueError unless `what`, of this strategy, has the same one as this."""
         own = _keras.strategy_of(self)
         if strategy is not own:
@@ -202,7 +205,7 @@ class BlockMomentum(Local, _keras.LocalUpdate):
 
     # -- the Keras optimizer contract --------------------------------------------------------
 
-    def build(self, variables):
+    def build(self, variables: Sequence[Any]) -> None:
         """Makes the anchor (a copy of `variables`), the velocity and the inner state."""
         if self.built:
             return
@@ -242,44 +245,44 @@ class BlockMomentum(Local, _keras.LocalUpdate):
                 self._initial_slots = [(slot, _initial_value(slot)) for slot in slots]
             self.restart_block()
 
-    def _counter(self, name, value):
+    def _counter(self, name: str, value: int) -> keras.Variable:
         return self.add_variable(
             shape=(), initializer=keras.initializers.Constant(value), dtype="int64", name=name
         )
 
     @property
-    def variables(self):
+    def variables(self) -> list[Any]:
         """Own state (block count, anchor), the inner optimizer's, the outer's."""
         return self._variables + self.inner_optimizer.variables + self.outer_optimizer.variables
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> Any:
         """The inner optimizer's learning rate; setting it sets that."""
         return self.inner_optimizer.learning_rate
 
     @learning_rate.setter
-    def learning_rate(self, learning_rate):
+    def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
     @property
-    def iterations(self):
+    def iterations(self) -> Any:
         """Local steps done by this replica (the inner optimizer's count)."""
         return self.inner_optimizer.iterations
 
     @property
-    def blocks(self):
+    def blocks(self) -> int:
         """Blocks ended so far, an int."""
         return int(self._blocks.numpy())
 
     @property
-    def _blocks(self):
+    def _blocks(self) -> Any:
         return _keras.track_block_count(self)
 
-    def scale_loss(self, loss):
+    def scale_loss(self, loss: Any) -> Any:
         """Loss scaling is the inner optimizer's."""
         return self.inner_optimizer.scale_loss(loss)
 
-    def finalize_variable_values(self, var_list):
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """At the end of fit: with `use_ema` inside, weights and anchor become their moving
         averages, of which the last flush took the mean over the replicas."""
         averages = _keras.moving_averages(self.inner_optimizer)
@@ -289,7 +292,7 @@ class BlockMomentum(Local, _keras.LocalUpdate):
         if averages:
             self.restart_block()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments, the optimizers nested."""
         return {
             "inner_optimizer": _keras.serialize_optimizer(self.inner_optimizer),
@@ -308,7 +311,9 @@ class BlockMomentum(Local, _keras.LocalUpdate):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> Self:
         """The reverse of `get_config`."""
         config = dict(config)
         for name in ("inner_optimizer", "outer_optimizer", "sync_period"):
@@ -319,13 +324,13 @@ class BlockMomentum(Local, _keras.LocalUpdate):
         return cls(**config)
 
 
-def _initial_value(slot):
+def _initial_value(slot: Any) -> float:
     """What a new slot is filled with."""
     value = slot.numpy()
     return float(value.flat[0]) if value.size else 0.0
 
 
-def find(optimizer):
+def find(optimizer: Any) -> BlockMomentum | None:
     """The BlockMomentum of a model's optimizer, or None; mixed_float16 wraps it once more."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer

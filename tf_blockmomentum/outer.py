@@ -1,6 +1,8 @@
 """Outer optimizers of our own."""
 
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -38,23 +40,29 @@ class SlowMo(keras.optimizers.Optimizer):
         RuntimeError: used other than as an outer optimizer.
     """
 
-    def __init__(self, learning_rate=1.0, momentum=0.5, name="slowmo", **kwargs):
+    def __init__(
+        self,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule = 1.0,
+        momentum: float = 0.5,
+        name: str = "slowmo",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(learning_rate=learning_rate, name=name, **kwargs)
         check_number("momentum", momentum, numbers.Real, A_MOMENTUM, 0, 1)
         self.momentum = float(momentum)
-        self._inner_learning_rate = None
+        self._inner_learning_rate: Callable[[], Any] | None = None
 
-    def follow(self, inner_optimizer):
+    def follow(self, inner_optimizer: keras.optimizers.Optimizer) -> None:
         """Takes gamma from an inner optimizer."""
         self._inner_learning_rate = lambda: inner_optimizer.learning_rate
 
-    def build(self, variables):
+    def build(self, variables: Sequence[Any]) -> None:
         """Makes u."""
         if not self.built:
             super().build(variables)
             self._buffers = self.add_optimizer_variables(variables, "slow_momentum")
 
-    def update_step(self, gradient, variable, learning_rate):
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         """The two equations."""
         if self._inner_learning_rate is None:
             raise RuntimeError(
@@ -68,6 +76,6 @@ class SlowMo(keras.optimizers.Optimizer):
         self.assign(u, self.momentum * u + gradient)
         self.assign_sub(variable, ops.cast(learning_rate, variable.dtype) * gamma * u)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments."""
         return {**super().get_config(), "momentum": self.momentum}

@@ -7,7 +7,7 @@ import math
 SLOWMO = {4: 0.2, 8: 0.5, 16: 0.6}
 
 
-def published_rules(replicas):
+def published_rules(replicas: int) -> dict[str, float]:
     """The published choices of beta for a number of replicas, by the name of their source.
 
     BMUF: 1 - 1/P (Chen and Huo, "Scalable training of deep learning machines by

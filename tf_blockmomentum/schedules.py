@@ -1,12 +1,27 @@
 """How many local steps the next block has, and after which a mean that is under way lands."""
 
 import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import keras
 
 from tf_blockmomentum.checks import check_number
 
+__all__ = [
+    "DriftPeriod",
+    "GrowingPeriod",
+    "Period",
+    "PiecewisePeriod",
+    "PostLocal",
+    "QuadraticPeriod",
+    "SyncPeriodSchedule",
+]
+
 _LONGEST = 2**31 - 1  # steps of a block that the end of an epoch will end
+
+# What `sync_period` may be: K, a schedule of it, or a function of the global step.
+Period = int | Callable[..., int]
 
 _register = keras.saving.register_keras_serializable(package="tf_blockmomentum")
 
@@ -27,7 +42,7 @@ class SyncPeriodSchedule:
     reads_rate = False
     initial = 1
 
-    def __call__(self, step, adapted):
+    def __call__(self, step: int, adapted: int) -> int:
         """K of the block that begins.
 
         Args:
@@ -36,13 +51,13 @@ class SyncPeriodSchedule:
         """
         raise NotImplementedError
 
-    def adapt(self, step, period, drift):
+    def adapt(self, step: int, period: int, drift: float) -> int:
         """Told of a block of `period` steps that began at `step`, and of its drift, if the class
         sets `measures_drift`; returns the next `adapted`."""
         raise NotImplementedError
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """The reverse of `get_config`."""
         return cls(**config)
 
@@ -62,7 +77,7 @@ class PiecewisePeriod(SyncPeriodSchedule):
     (4, 8, 16)
     """
 
-    def __init__(self, boundaries, values):
+    def __init__(self, boundaries: Sequence[int], values: Sequence[int]) -> None:
         self.boundaries, self.values = list(boundaries), list(values)
         for k in self.values:
             check_period(k, "values")
@@ -73,10 +88,10 @@ class PiecewisePeriod(SyncPeriodSchedule):
                 f"boundaries. Received: boundaries={boundaries!r}, values={values!r}."
             )
 
-    def __call__(self, step, adapted=None):
+    def __call__(self, step: int, adapted: int | None = None) -> int:
         return self.values[sum(step >= boundary for boundary in self.boundaries)]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"boundaries": self.boundaries, "values": self.values}
 
 
@@ -99,7 +114,7 @@ class GrowingPeriod(SyncPeriodSchedule):
     (4, 8, 32)
     """
 
-    def __init__(self, initial, every, maximum, factor=2):
+    def __init__(self, initial: int, every: int, maximum: int, factor: float = 2) -> None:
         self.initial = check_period(initial, "initial")
         self.every = check_period(every, "every")
         self.maximum = check_period(maximum, "maximum")
@@ -107,7 +122,7 @@ class GrowingPeriod(SyncPeriodSchedule):
             raise ValueError(f"`factor` must be at least 1. Received: factor={factor!r}.")
         self.factor = factor
 
-    def __call__(self, step, adapted=None):
+    def __call__(self, step: int, adapted: int | None = None) -> int:
         period: float = self.initial
         for _ in range(step // self.every):  # not by a power: that may overflow
             if period >= self.maximum or self.factor == 1:
@@ -115,7 +130,7 @@ class GrowingPeriod(SyncPeriodSchedule):
             period *= self.factor
         return min(int(period), self.maximum)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "initial": self.initial,
             "every": self.every,
@@ -147,7 +162,9 @@ class DriftPeriod(SyncPeriodSchedule):
 
     measures_drift = True
 
-    def __init__(self, target, initial=8, minimum=1, maximum=128):
+    def __init__(
+        self, target: float, initial: int = 8, minimum: int = 1, maximum: int = 128
+    ) -> None:
         if not isinstance(target, int | float) or not target > 0:
             raise ValueError(f"`target` must be positive. Received: target={target!r}.")
         self.target = float(target)
@@ -160,15 +177,15 @@ class DriftPeriod(SyncPeriodSchedule):
                 f"minimum={minimum}, initial={initial}, maximum={maximum}."
             )
 
-    def __call__(self, step, adapted):
+    def __call__(self, step: int, adapted: int) -> int:
         return adapted
 
-    def adapt(self, step, period, drift):
+    def adapt(self, step: int, period: int, drift: float) -> int:
         if drift > self.target:
             return max(period // 2, self.minimum)
         return min(2 * period, self.maximum) if drift < self.target / 2 else period
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "target": self.target,
             "initial": self.initial,
@@ -215,7 +232,9 @@ class QuadraticPeriod(SyncPeriodSchedule):
     reads_rate = True
     initial = 0  # not yet read
 
-    def __init__(self, minimum, alpha, warmup_steps=0, peak_rate=None):
+    def __init__(
+        self, minimum: int, alpha: float, warmup_steps: int = 0, peak_rate: float | None = None
+    ) -> None:
         self.minimum = check_period(minimum, "minimum")
         self.alpha = _positive(alpha, "alpha")
         check_number(
@@ -229,18 +248,22 @@ class QuadraticPeriod(SyncPeriodSchedule):
                 f"{peak_rate!r}, warmup_steps=0. Say how many steps that takes, or leave it out."
             )
 
-    def __call__(self, step, adapted=None, rate=None):
+    def __call__(self, step: int, adapted: int | None = None, rate: float | None = None) -> int:
         if step < self.warmup_steps:
             rate = self.peak_rate
             if rate is None:
                 return self.minimum
+        if rate is None:
+            raise TypeError(
+                "QuadraticPeriod needs the inner learning rate: period(step, rate=...)."
+            )
         if not rate > 0:  # NaN too
             return _LONGEST if rate == 0 else self.minimum
         # A rate is a float32: .1 is a little more, which must not take a whole step off.
         longest = min((self.alpha / rate) ** 2 * (1 + 1e-6), _LONGEST)
         return max(self.minimum, int(longest))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "minimum": self.minimum,
             "alpha": self.alpha,
@@ -270,7 +293,7 @@ class PostLocal(SyncPeriodSchedule):
     (1, 16)
     """
 
-    def __init__(self, steps, sync_period):
+    def __init__(self, steps: int, sync_period: Period) -> None:
         self.steps = self.warm_up = check_period(steps, "steps")
         self.sync_period = check_schedule(sync_period)
         if getattr(sync_period, "warm_up", 0):
@@ -282,27 +305,28 @@ class PostLocal(SyncPeriodSchedule):
         self.reads_rate = getattr(sync_period, "reads_rate", False)
         self.initial = getattr(sync_period, "initial", 1)
 
-    def __call__(self, step, adapted=None, rate=None):
+    def __call__(self, step: int, adapted: int | None = None, rate: float | None = None) -> int:
         return 1 if step < self.steps else period_of(self.sync_period, step, adapted, rate)
 
-    def adapt(self, step, period, drift):
+    def adapt(self, step: int, period: int, drift: float) -> int:
         if step < self.steps:
             return self.initial
-        return self.sync_period.adapt(step, period, drift)
+        schedule: Any = self.sync_period
+        return schedule.adapt(step, period, drift)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         serialize = keras.saving.serialize_keras_object
         return {"steps": self.steps, "sync_period": serialize(self.sync_period)}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         deserialize = keras.saving.deserialize_keras_object
         return cls(config["steps"], deserialize(config["sync_period"]))
 
 
-def period_of(sync_period, step, adapted, rate=None):
+def period_of(sync_period: Period, step: int, adapted: Any, rate: float | None = None) -> int:
     """K at a step, of a whole number, a schedule, or another callable."""
-    if isinstance(sync_period, numbers.Integral):
+    if isinstance(sync_period, int):
         return sync_period
     if getattr(sync_period, "reads_rate", False):
         return sync_period(step, adapted, rate)
@@ -311,18 +335,18 @@ def period_of(sync_period, step, adapted, rate=None):
     return check_period(sync_period(step), f"sync_period({step})")
 
 
-def check_schedule(sync_period):
+def check_schedule(sync_period: Period) -> Period:
     """Returns what `sync_period` may be."""
     return sync_period if callable(sync_period) else check_period(sync_period, "sync_period")
 
 
-def check_period(value, name):
+def check_period(value: Any, name: str) -> int:
     """Returns a whole number of at least 1 as an int; ValueError for anything else."""
     check_number(name, value, numbers.Integral, "a whole number of at least 1", 1)
     return int(value)
 
 
-def _positive(value, name):
+def _positive(value: Any, name: str) -> float:
     # By hand, since `check_number` takes its lower bound in.
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 < value < float("inf"):

@@ -22,12 +22,12 @@ class Settings:
     _period: Any
 
     @property
-    def block_momentum(self):
+    def block_momentum(self) -> float | None:
         """beta; None with an `outer_optimizer`. Can be set, on all workers alike."""
         return self._settings["momentum"]
 
     @block_momentum.setter
-    def block_momentum(self, beta):
+    def block_momentum(self, beta: float) -> None:
         self._check_own_outer_step("block_momentum", beta)
         check_number("block_momentum", beta, numbers.Real, A_MOMENTUM, 0, 1)
         if beta and self.outer_optimizer.built and not self.outer_optimizer.momentums:
@@ -42,35 +42,35 @@ class Settings:
         self._set("momentum", float(beta))
 
     @property
-    def block_learning_rate(self):
+    def block_learning_rate(self) -> float | None:
         """zeta; None with an `outer_optimizer`. Can be set, on all workers alike."""
         return self._settings["zeta"]
 
     @block_learning_rate.setter
-    def block_learning_rate(self, zeta):
+    def block_learning_rate(self, zeta: float) -> None:
         self._check_own_outer_step("block_learning_rate", zeta)
         check_number("block_learning_rate", zeta, numbers.Real, A_RATE, 0)
         self.outer_optimizer.learning_rate = float(zeta)
         self._set("zeta", float(zeta))
 
     @property
-    def nesterov(self):
+    def nesterov(self) -> bool | None:
         """Whether the outer step looks ahead; None with an `outer_optimizer`. Can be set."""
         return self._settings["nesterov"]
 
     @nesterov.setter
-    def nesterov(self, nesterov):
+    def nesterov(self, nesterov: bool) -> None:
         self._check_own_outer_step("nesterov", nesterov)
         self.outer_optimizer.nesterov = bool(nesterov)
         self._set("nesterov", bool(nesterov))
 
     @property
-    def sync_period(self):
+    def sync_period(self) -> schedules.Period:
         """K, or its schedule. A number can be set to another, on all workers alike."""
         return self._period
 
     @sync_period.setter
-    def sync_period(self, sync_period):
+    def sync_period(self, sync_period: schedules.Period) -> None:
         sync_period = schedules.check_schedule(sync_period)
         before = getattr(self, "_period", sync_period)
         if (
@@ -83,13 +83,13 @@ class Settings:
             )
         self._period = sync_period
 
-    def _check_own_outer_step(self, name, value):
+    def _check_own_outer_step(self, name: str, value: Any) -> None:
         if self._settings["momentum"] is None:
             raise ValueError(
                 f"With an outer_optimizer, BlockMomentum has no `{name}`. Received: {name}="
                 f"{value!r}. Set it on optimizer.outer_optimizer instead."
             )
 
-    def _set(self, name, value):
+    def _set(self, name: str, value: float | bool) -> None:
         self._settings = {**self._settings, name: value}
         self.version += 1

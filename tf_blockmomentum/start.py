@@ -29,7 +29,7 @@ def start_alike(
         variables: more variables that should be the same, such as a model's.
         data: a checksum of what this worker was given as data, if each is to have the same.
     """
-    optimizers = [find(wrapper) for wrapper in wrappers]
+    optimizers = [o for o in map(find, wrappers) if o is not None]
     if strategy.num_replicas_in_sync > 1:
         same = [v for o in optimizers for v in [*o.built_variables, *o.shared_state]]
         same = list({id(v): v for v in [*variables, *same]}.values())

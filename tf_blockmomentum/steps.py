@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -27,7 +27,7 @@ class LocalSteps:
 
     def __init__(
         self,
-        step_fn: Callable,
+        step_fn: Callable[..., Any],
         strategy: tf.distribute.Strategy,
         jit_compile: bool,
         after_step: Callable[[], Any] | None = None,
@@ -234,20 +234,22 @@ class LocalSteps:
         return taken, outputs, following if peek else None
 
 
-def _as_one_replica(strategy: tf.distribute.Strategy, step_fn: Callable, data: Any) -> Any:
+def _as_one_replica(
+    strategy: tf.distribute.Strategy, step_fn: Callable[..., Any], data: Any
+) -> Any:
     if not isinstance(strategy, BlockStrategy):
         return step_fn(data)
     with strategy.one_replica():
         return step_fn(data)
 
 
-def on_host() -> contextlib.AbstractContextManager:
+def on_host() -> contextlib.AbstractContextManager[Any]:
     """Around what decides where a graph goes on. On a GPU a boolean would wait in the queue for
     all steps before it, and the host for the boolean, so that no step is launched ahead."""
     return tf.device("CPU:0")
 
 
-def next_batch(iterator, strategy):
+def next_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
     """The iterator's next batch as an Optional, asking this worker only."""
     if isinstance(strategy, BlockStrategy):
         with strategy.local_input():
@@ -255,7 +257,7 @@ def next_batch(iterator, strategy):
     return iterator.get_next_as_optional()
 
 
-def resolve_jit(jit_compile):
+def resolve_jit(jit_compile: bool | str) -> bool:
     """Turns "auto" into whether a GPU is present."""
     if jit_compile == "auto":
         return bool(tf.config.list_physical_devices("GPU"))
@@ -267,7 +269,7 @@ def resolve_jit(jit_compile):
 
 
 @contextlib.contextmanager
-def explaining_xla(jit_compile):
+def explaining_xla(jit_compile: bool) -> Iterator[None]:
     """Inside, an operation that XLA cannot compile raises a ValueError with the remedy."""
     try:
         yield
@@ -281,7 +283,7 @@ def explaining_xla(jit_compile):
         ) from error
 
 
-def _has_examples(data):
+def _has_examples(data: Any) -> Any:
     """Whether a replica's share of a batch is not empty: True if that is certain."""
     for leaf in tf.nest.flatten(data):
         if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
@@ -293,12 +295,12 @@ def _has_examples(data):
     return True
 
 
-def _zeros(spec):
+def _zeros(spec: Any) -> Any:
     return None if spec is None else tf.zeros([d or 0 for d in spec.shape], spec.dtype)
 
 
 @contextlib.contextmanager
-def eagerly(run_eagerly):
+def eagerly(run_eagerly: bool) -> Iterator[None]:
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(before or run_eagerly)
     try:

@@ -9,7 +9,8 @@ only communication is at a block boundary.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -30,7 +31,7 @@ _NO_STRATEGY = tf.distribute.get_strategy()
 COMPRESSIONS = ("float16", "int8", "int4")
 
 
-def _per_replica_creator(next_creator, **kwargs):
+def _per_replica_creator(next_creator: Callable[..., Any], **kwargs: Any) -> Any:
     """Variable creator: what would be mirrored becomes per-replica.
 
     `ON_READ` makes an assignment inside a step local to its replica. With
@@ -61,11 +62,11 @@ class BlockStrategy(tf.distribute.Strategy):
     _meetings: Meetings | None = None
     _one_replica = False
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         memory.keep()  # before there are threads that allocate
         super().__init__(*args, **kwargs)
 
-    def meeting(self, place: str) -> contextlib.AbstractContextManager:
+    def meeting(self, place: str) -> contextlib.AbstractContextManager[Any]:
         """Around what all workers have to call; `place` says to people where they are. Raises
         RuntimeError where the others are somewhere else."""
         return self._meetings.at(place) if self._meetings else contextlib.nullcontext()
@@ -89,13 +90,13 @@ class BlockStrategy(tf.distribute.Strategy):
             self._one_replica = before
 
     @contextlib.contextmanager
-    def scope(self):
+    def scope(self) -> Iterator[None]:
         """Enters the strategy: variables made inside are per replica."""
         with super().scope(), tf.variable_creator_scope(_per_replica_creator):
             yield
 
     @contextlib.contextmanager
-    def local_input(self):
+    def local_input(self) -> Iterator[None]:
         """Inside, `reduce` answers from this worker alone, without communication.
 
         TensorFlow's distributed iterator asks all workers before every batch
@@ -119,7 +120,7 @@ class BlockStrategy(tf.distribute.Strategy):
         finally:
             self._any_batch, self._marks_none = before
 
-    def reduce(self, reduce_op, value, axis=None):
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
         """Reduces a value, or a structure of values, over all replicas.
 
         As `tf.distribute.Strategy.reduce`, which takes neither structures nor
@@ -129,13 +130,13 @@ class BlockStrategy(tf.distribute.Strategy):
         if self._answers_locally:
             return tf.nest.map_structure(lambda v: self.experimental_local_results(v)[0], value)
 
-        def reduce_one(v):
+        def reduce_one(v: Any) -> Any:
             scalar = tf.convert_to_tensor(self.experimental_local_results(v)[0]).shape.rank == 0
             return super(BlockStrategy, self).reduce(reduce_op, v, axis=None if scalar else axis)
 
         return tf.nest.map_structure(reduce_one, value)
 
-    def gather(self, value, axis):
+    def gather(self, value: Any, axis: int) -> Any:
         """As in TensorFlow, of values of any dtype: its collectives know a few."""
         dtype = tf.as_dtype(self.experimental_local_results(value)[0].dtype)
         wire = wire_dtype(dtype)
@@ -144,7 +145,7 @@ class BlockStrategy(tf.distribute.Strategy):
         wide = self.run(lambda v: tf.cast(v, wire), args=(value,))
         return tf.cast(super().gather(wide, axis), dtype)
 
-    def mean_over_workers(self, value, takes_part=True):
+    def mean_over_workers(self, value: Any, takes_part: Any = True) -> tf.Tensor:
         """The mean of the workers' own values of a tensor, on every worker; of those alone that
         take part."""
         value = tf.cast(value, tf.float32)
@@ -157,7 +158,9 @@ class BlockStrategy(tf.distribute.Strategy):
             sums = self.reduce("SUM", parts)
         return tf.reshape(tf.math.divide_no_nan(sums[:-1], sums[-1]), value.shape)
 
-    def experimental_distribute_dataset(self, dataset, options=None):
+    def experimental_distribute_dataset(
+        self, dataset: tf.data.Dataset, options: tf.distribute.InputOptions | None = None
+    ) -> tf.distribute.DistributedDataset:
         """Shards and rebatches `dataset`, which is batched by the global batch.
 
         One batch is read ahead, on the host. `options` of your own replace this.
@@ -178,7 +181,11 @@ class BlockStrategy(tf.distribute.Strategy):
             dataset, options = dataset.prefetch(1), no_device_buffer()
         return super().experimental_distribute_dataset(dataset, options)
 
-    def distribute_datasets_from_function(self, dataset_fn, options=None):
+    def distribute_datasets_from_function(
+        self,
+        dataset_fn: Callable[[tf.distribute.InputContext], tf.data.Dataset],
+        options: tf.distribute.InputOptions | None = None,
+    ) -> tf.distribute.DistributedDataset:
         """As in TensorFlow; nothing is read ahead but what the dataset itself prefetches."""
         if options is None:
             options = no_device_buffer()
@@ -236,7 +243,12 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
     2102.02888).
     """
 
-    def __init__(self, cluster_resolver=None, communication_options=None, compression=None):
+    def __init__(
+        self,
+        cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
+        communication_options: tf.distribute.experimental.CommunicationOptions | None = None,
+        compression: str | None = None,
+    ) -> None:
         check_compression(compression)
         self.compression = compression
         if cluster_resolver is None:
@@ -295,7 +307,12 @@ class MultiDeviceBlockStrategy(BlockStrategy, tf.distribute.MirroredStrategy):
     1
     """
 
-    def __init__(self, devices=None, cross_device_ops=None, compression=None):
+    def __init__(
+        self,
+        devices: Sequence[str] | None = None,
+        cross_device_ops: tf.distribute.CrossDeviceOps | None = None,
+        compression: None = None,
+    ) -> None:
         if compression is not None:
             raise ValueError(
                 "MultiDeviceBlockStrategy takes no `compression`: devices of one machine exchange "
@@ -306,7 +323,7 @@ class MultiDeviceBlockStrategy(BlockStrategy, tf.distribute.MirroredStrategy):
         super().__init__(devices, cross_device_ops)
 
 
-def worker_of(strategy):
+def worker_of(strategy: tf.distribute.Strategy) -> tuple[int, int]:
     """Returns (index, count): which of how many workers this process is."""
     resolver = getattr(strategy, "cluster_resolver", None)
     if resolver is None or not resolver.cluster_spec():
@@ -316,7 +333,9 @@ def worker_of(strategy):
     return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
 
 
-def meeting(strategy: tf.distribute.Strategy, place: str) -> contextlib.AbstractContextManager:
+def meeting(
+    strategy: tf.distribute.Strategy, place: str
+) -> contextlib.AbstractContextManager[Any]:
     """As `BlockStrategy.meeting`; nothing for other strategies."""
     known = isinstance(strategy, BlockStrategy)
     return strategy.meeting(place) if known else contextlib.nullcontext()
@@ -324,26 +343,26 @@ def meeting(strategy: tf.distribute.Strategy, place: str) -> contextlib.Abstract
 
 def any_batch(
     strategy: tf.distribute.Strategy, marks_none: bool = True
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[Any]:
     """As `BlockStrategy.any_batch`; nothing for other strategies."""
     known = isinstance(strategy, BlockStrategy)
     return strategy.any_batch(marks_none) if known else contextlib.nullcontext()
 
 
-def local_input(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager:
+def local_input(strategy: tf.distribute.Strategy) -> contextlib.AbstractContextManager[Any]:
     """As `BlockStrategy.local_input`; nothing for other strategies."""
     known = isinstance(strategy, BlockStrategy)
     return strategy.local_input() if known else contextlib.nullcontext()
 
 
-def replicas_of(variable, strategy):
+def replicas_of(variable: Any, strategy: tf.distribute.Strategy) -> tuple[tf.Variable, ...]:
     """A variable's TensorFlow variables on this worker's replicas; a single one where it was made
     outside the strategy's scope."""
     value = variable.value if isinstance(variable, keras.Variable) else variable
     return strategy.experimental_local_results(value)
 
 
-def check_compression(compression):
+def check_compression(compression: Any) -> None:
     """Raises ValueError unless it is None or a name that is known."""
     if compression is not None and compression not in COMPRESSIONS:
         raise ValueError(
@@ -352,7 +371,7 @@ def check_compression(compression):
         )
 
 
-def check_strategy(strategy):
+def check_strategy(strategy: tf.distribute.Strategy) -> None:
     """Raises ValueError unless replicas can train alone under `strategy`."""
     if strategy is _NO_STRATEGY or isinstance(strategy, BlockStrategy):
         return

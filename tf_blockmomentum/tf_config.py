@@ -1,9 +1,10 @@
 """What TF_CONFIG may be."""
 
 import json
+from typing import Any
 
 
-def check_tf_config(text):
+def check_tf_config(text: str | None) -> dict[str, Any]:
     """Returns `TF_CONFIG` as a dict. Raises ValueError, with the remedy, for one that TensorFlow
     would trip over."""
     if not text:
@@ -13,7 +14,7 @@ def check_tf_config(text):
         '"task": {"type": "worker", "index": 0}}'
     )
 
-    def bad(problem):
+    def bad(problem: str) -> ValueError:
         return ValueError(
             f"TF_CONFIG is not usable: {problem}. Received: TF_CONFIG={text!r}. "
             f"Expected something like {example}. "

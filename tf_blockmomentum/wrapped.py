@@ -12,7 +12,7 @@ from tf_blockmomentum.outer import A_MOMENTUM
 from tf_blockmomentum.settings import A_RATE
 
 
-def as_optimizer(optimizer, what):
+def as_optimizer(optimizer: Any, what: str) -> keras.optimizers.Optimizer:
     """Returns a Keras optimizer, from its name or config too."""
     if isinstance(optimizer, str | dict):
         optimizer = keras.optimizers.get(optimizer)
@@ -30,7 +30,9 @@ def as_optimizer(optimizer, what):
     return optimizer
 
 
-def make_outer_optimizer(block_momentum, nesterov, block_learning_rate):
+def make_outer_optimizer(
+    block_momentum: float | None, nesterov: bool | None, block_learning_rate: float | None
+) -> tuple[keras.optimizers.Optimizer, dict[str, Any]]:
     """The outer optimizer that is block momentum, and its settings by name; None: the defaults.
     Raises ValueError for numbers out of range."""
     beta = 0.5 if block_momentum is None else block_momentum
@@ -48,7 +50,9 @@ def make_outer_optimizer(block_momentum, nesterov, block_learning_rate):
     return optimizer, settings
 
 
-def check_outer_optimizer(outer_optimizer, inner_optimizer, momentum):
+def check_outer_optimizer(
+    outer_optimizer: Any, inner_optimizer: Any, momentum: dict[str, Any]
+) -> keras.optimizers.Optimizer:
     """Returns an outer optimizer of the user's, if it can be one. `momentum`: by name, what was
     given that it replaces. Raises ValueError or TypeError."""
     outer_optimizer = as_optimizer(outer_optimizer, "outer_optimizer")
@@ -77,7 +81,9 @@ def check_outer_optimizer(outer_optimizer, inner_optimizer, momentum):
     return outer_optimizer
 
 
-def check_schedule_free(inner_optimizer, inner_state, settings):
+def check_schedule_free(
+    inner_optimizer: keras.optimizers.Optimizer, inner_state: str, settings: dict[str, Any]
+) -> None:
     """Raises ValueError for ScheduleFreeAdamW inside in any other way than the one that is right:
     one of its slots is no memory of gradients but a point beside the weights, from which it
     recovers the average that it keeps, so both have to move alike."""

@@ -1,5 +1,10 @@
 """Where fit is in its data: private of Keras, since no callback can get hold of its iterator."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
 
 class Epochs:
     """What fit's own epoch iterator, of which no callback can get hold, knows and can be told.
@@ -8,21 +13,21 @@ class Epochs:
     dataset that reshuffles, so that a new process has to draw as many.
     """
 
-    def __init__(self, epoch_iterator):
+    def __init__(self, epoch_iterator: Any) -> None:
         self._epochs = epoch_iterator
         self._made = 0
         self._get = epoch_iterator._get_iterator
         epoch_iterator._get_iterator = self._counting
 
-    def _counting(self):
+    def _counting(self) -> Any:
         self._made += 1
         return self._get()
 
     @property
-    def element_spec(self):
+    def element_spec(self) -> Any:
         return self._get().element_spec
 
-    def state(self, epoch_ended):
+    def state(self, epoch_ended: bool) -> dict[str, Any]:
         """A dict for `resume`: whole numbers and None."""
         epochs = self._epochs
         goes_on = not epoch_ended or (
@@ -36,14 +41,14 @@ class Epochs:
             "num_batches": epochs._num_batches,
         }
 
-    def resume(self, state, step, restore):
+    def resume(self, state: dict[str, Any], step: int, restore: Callable[[Any], None]) -> None:
         """Makes the next epoch begin at `step`, from an iterator given to `restore`."""
         epochs = self._epochs
         if epochs._num_batches is None:  # found out when the data first ended
             epochs._num_batches = state["num_batches"]
         original = epochs._enumerate_iterator
 
-        def from_step():
+        def from_step() -> Iterator[tuple[int, int, Any]]:
             del epochs._enumerate_iterator  # this epoch only
             for _ in range(state["iterators"]):
                 iter(self._counting())
@@ -60,11 +65,11 @@ class Epochs:
         epochs._enumerate_iterator = from_step
 
 
-def epochs_of(model):
+def epochs_of(model: keras.Model) -> Epochs:
     """The `Epochs` of the fit that is beginning."""
     return Epochs(model._tfbm_epoch_iterator())
 
 
-def set_initial_epoch(model, epoch):
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
     """As `BackupAndRestore` does; None takes it back, or the next fit would begin there too."""
     model._initial_epoch = epoch

@@ -35,7 +35,9 @@ class LocalUpdate(keras.optimizers.Optimizer):
         _BaseOptimizer._overwrite_model_variables_with_average_value
     )
 
-    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+    def _backend_update_step(
+        self, grads: Any, trainable_variables: Any, learning_rate: Any
+    ) -> None:
         # `update_step` gets TensorFlow's variables, as it does on one device.
         own = [replica_part(v) for v in trainable_variables]
         _BaseOptimizer._backend_update_step(self, grads, own, learning_rate)
@@ -43,21 +45,21 @@ class LocalUpdate(keras.optimizers.Optimizer):
     # A per-replica variable takes no sparse update (an embedding's gradient), only
     # the replica's own part of it does.
 
-    def assign(self, variable, value):
+    def assign(self, variable: Any, value: Any) -> None:
         super().assign(_part_for(variable, value), value)
 
-    def assign_add(self, variable, value):
+    def assign_add(self, variable: Any, value: Any) -> None:
         super().assign_add(_part_for(variable, value), value)
 
-    def assign_sub(self, variable, value):
+    def assign_sub(self, variable: Any, value: Any) -> None:
         super().assign_sub(_part_for(variable, value), value)
 
 
-def _part_for(variable, value):
+def _part_for(variable: Any, value: Any) -> Any:
     return replica_part(variable) if isinstance(value, tf.IndexedSlices) else variable
 
 
-def replica_part(variable):
+def replica_part(variable: Any) -> tf.Variable:
     """The TensorFlow variable that a variable is in this replica."""
     variable = variable.value if isinstance(variable, keras.Variable) else variable
     context = tf.distribute.get_replica_context()
@@ -94,7 +96,7 @@ def parts_of(optimizer: Any) -> list[Any]:
     return [optimizer, *(part for one in inside for part in parts_of(one))]
 
 
-def serialize_optimizer(optimizer):
+def serialize_optimizer(optimizer: Any) -> dict[str, Any]:
     """As `keras.optimizers.serialize`, under the class the user knows."""
     local = type(optimizer)
     optimizer.__class__ = getattr(local, "_keras_class", local)
@@ -104,27 +106,27 @@ def serialize_optimizer(optimizer):
         optimizer.__class__ = local
 
 
-def strategy_of(optimizer):
+def strategy_of(optimizer: Any) -> tf.distribute.Strategy:
     """The strategy whose scope the optimizer was made in."""
     return optimizer._distribution_strategy
 
 
-def trained_variables(optimizer):
+def trained_variables(optimizer: Any) -> list[Any]:
     """The variables an optimizer was built with, which it has no public name for."""
     return optimizer._trainable_variables
 
 
-def index_of(optimizer, variable):
+def index_of(optimizer: Any, variable: Any) -> int:
     """Where a variable stands among those an optimizer was built with."""
     return optimizer._get_variable_index(variable)
 
 
-def knows(optimizer, variable):
+def knows(optimizer: Any, variable: Any) -> bool:
     """Whether an optimizer was built with a variable."""
     return optimizer._var_key(variable) in optimizer._trainable_variables_indices
 
 
-def moving_averages(optimizer):
+def moving_averages(optimizer: Any) -> list[tuple[Any, Any]]:
     """Pairs of an optimizer's moving averages (`use_ema`) and the variables they follow."""
     pairs = [
         pair
@@ -137,7 +139,7 @@ def moving_averages(optimizer):
     return [(average, variable) for average, variable in pairs if average is not None]
 
 
-def slots(optimizer):
+def slots(optimizer: Any) -> list[Any]:
     """What an optimizer remembers of its gradients: no counters, learning rate or averages of
     the weights, and no gradients accumulated for the next step."""
     others = [average for average, _ in moving_averages(optimizer)]
@@ -150,7 +152,7 @@ def slots(optimizer):
     ]
 
 
-def learning_rates(optimizer):
+def learning_rates(optimizer: Any) -> list[keras.Variable]:
     """The learning rates of an optimizer and those inside it, where they are variables."""
     rates = [part._learning_rate for part in parts_of(optimizer)]
     return [rate for rate in rates if isinstance(rate, keras.Variable)]
@@ -162,12 +164,12 @@ def rate_of(optimizer: Any) -> float:
     return max(float(part.learning_rate) for part in parts)
 
 
-def counters(optimizer):
+def counters(optimizer: Any) -> list[Any]:
     """The counts of steps of an optimizer and those inside it, which schedules go by."""
     return [part._iterations for part in parts_of(optimizer)]
 
 
-def track_block_count(optimizer):
+def track_block_count(optimizer: Any) -> Any:
     """Returns the base class's own counter, which a wrapper has no other use for."""
     return optimizer._iterations
 
@@ -188,7 +190,7 @@ def _watch_assignments() -> None:
         return
 
     @functools.wraps(original)
-    def assign(self, value):
+    def assign(self: Any, value: Any) -> Any:
         value = self._convert_to_tensor(value, dtype=self._dtype)
         for watcher in _watchers:
             watcher(self, value)

@@ -1,7 +1,9 @@
 """All that is private of KerasTuner, each with its reason."""
 
+from typing import Any
 
-def resume_grid_search(oracle):
+
+def resume_grid_search(oracle: Any) -> None:
     """Tells a reloaded grid search where it stands.
 
     KerasTuner 1.4.8 does not save that, and its next trial is a KeyError or the end of the

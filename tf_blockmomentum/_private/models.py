@@ -11,12 +11,12 @@ from tf_blockmomentum._private.keras import is_plain_state, parts_of
 from tf_blockmomentum.inputs import none_for_marks
 
 
-def layers_of(model):
+def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
     """All layers of a model, nested ones too."""
     return model._flatten_layers()
 
 
-def seed_generators(model):
+def seed_generators(model: keras.Model) -> list[Any]:
     """The seed generators of a model's layers (dropout, augmentation)."""
     return [generator for layer in layers_of(model) for generator in layer._seed_generators]
 
@@ -178,7 +178,7 @@ def _unbuilt_parts(model: keras.Model) -> bool:
     return any(part is not None and not part.built for part in parts)
 
 
-def recompile(model, optimizer):
+def recompile(model: keras.Model, optimizer: keras.optimizers.Optimizer) -> None:
     """Compiles a model again as it was compiled, with another optimizer.
 
     The arguments as they were given, since the public `get_compile_config` serializes
@@ -190,7 +190,7 @@ def recompile(model, optimizer):
     keras.Model.compile(model, **arguments, auto_scale_loss=auto_scale_loss)
 
 
-def none_for_optional(data):
+def none_for_optional(data: Any) -> Any:
     """Keras passes a missing input (`None`) through tf.data as an empty Optional."""
     return keras.tree.map_structure(
         lambda leaf: None if isinstance(leaf, tf.experimental.Optional) else leaf, data

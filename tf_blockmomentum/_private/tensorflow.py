@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 
-def set_heartbeat(seconds):
+def set_heartbeat(seconds: float) -> None:
     """How long a worker may be silent before TensorFlow takes it for dead.
 
     The strategy configures the coordination service itself and has no argument for it, and

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -56,7 +56,7 @@ def _ours(model: keras.Model) -> bool:
     )
 
 
-def _replace(name: str, make: Callable) -> None:
+def _replace(name: str, make: Callable[..., Any]) -> None:
     """Replaces a method of Keras's trainer, for models with a block strategy or with
     BlockMomentum only."""
     original = getattr(_Trainer, name)
@@ -81,18 +81,18 @@ class _LastCallback(keras.callbacks.Callback):
     """Hears of batches' and epochs' ends after the user's callbacks. Fit reads `stop_training`
     next."""
 
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         training = training_of(self.model)
         if training is not None:
             training.after_batch_callbacks()
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         training = training_of(self.model)
         if training is not None:
             training.after_callbacks()
 
 
-def _fit(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+def _fit(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     given = inspect.signature(original).bind(self, *args, **kwargs)
     wanted, strategy = given.arguments, self.distribute_strategy
     x, y = wanted.get("x"), wanted.get("y")
@@ -129,7 +129,7 @@ def _fit(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
             callbacks.callbacks.remove(last)
 
 
-def _evaluate(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+def _evaluate(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     _flush(self)
     before, self._tfbm_tests = getattr(self, "_tfbm_tests", False), True
     try:
@@ -139,19 +139,19 @@ def _evaluate(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
         self._tfbm_tests = before
 
 
-def _predict(self: Any, original: Callable, x: Any, *args: Any, **kwargs: Any) -> Any:
+def _predict(self: Any, original: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
     _flush(self)
     strategy = self.distribute_strategy
     with any_batch(strategy, marks_none=False), meeting(strategy, "predict"):
         return original(self, in_order(x, strategy), *args, **kwargs)
 
 
-def _test_on_batch(self: Any, original: Callable, *args: Any, **kwargs: Any) -> Any:
+def _test_on_batch(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     _flush(self)
     return original(self, *args, **kwargs)
 
 
-def _predict_on_batch(self: Any, original: Callable, x: Any) -> Any:
+def _predict_on_batch(self: Any, original: Callable[..., Any], x: Any) -> Any:
     # The batch is this worker's own: Keras would return it once for each replica.
     strategy = self.distribute_strategy
     if not isinstance(strategy, BlockStrategy):
@@ -173,7 +173,7 @@ def _predict_on_batch(self: Any, original: Callable, x: Any) -> Any:
 
 
 def _maybe_symbolic_build(
-    self: Any, original: Callable, iterator: Any = None, data_batch: Any = None
+    self: Any, original: Callable[..., Any], iterator: Any = None, data_batch: Any = None
 ) -> Any:
     # Fit's epoch iterator is a local variable of fit, and passes through here just before
     # callbacks are told of the beginning of training.
@@ -193,20 +193,20 @@ def _maybe_symbolic_build(
         return original(self, iterator=iterator, data_batch=data_batch)
 
 
-def _reset_metrics(self: Any, original: Callable) -> Any:
+def _reset_metrics(self: Any, original: Callable[..., Any]) -> Any:
     # TensorFlow reads a metric's variable, over all workers, after it has assigned to it.
     with local_input(self.distribute_strategy):
         return original(self)
 
 
-def _make_predict_function(self: Any, original: Callable, force: bool = False) -> Any:
+def _make_predict_function(self: Any, original: Callable[..., Any], force: bool = False) -> Any:
     if not isinstance(self.distribute_strategy, BlockStrategy):
         return original(self, force=force)
     with _without_jit(self):
         return original(self, force=force)
 
 
-def _get_metrics_result_or_logs(self: Any, original: Callable, logs: Any) -> Any:
+def _get_metrics_result_or_logs(self: Any, original: Callable[..., Any], logs: Any) -> Any:
     tests, training = getattr(self, "_tfbm_tests", False), training_of(self)
     strategy = self.distribute_strategy
     progress.note("waits for the metrics of all workers")
@@ -234,7 +234,7 @@ def _get_metrics_result_or_logs(self: Any, original: Callable, logs: Any) -> Any
     )
 
 
-_REPLACED: dict[str, Callable] = {
+_REPLACED: dict[str, Callable[..., Any]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "predict": _predict,
@@ -247,7 +247,7 @@ _REPLACED: dict[str, Callable] = {
 }
 
 
-def install(make_test_function: Callable, between_fits: Callable) -> None:
+def install(make_test_function: Callable[..., Any], between_fits: Callable[..., Any]) -> None:
     """Lets `fit`, `evaluate`, `predict` and `train_on_batch` run in blocks.
 
     Args:
@@ -255,14 +255,14 @@ def install(make_test_function: Callable, between_fits: Callable) -> None:
         between_fits: called with a model, returns the `train_function` it has outside fit.
     """
 
-    def make_train_function(self: Any, original: Callable, force: bool = False) -> Any:
+    def make_train_function(self: Any, original: Callable[..., Any], force: bool = False) -> Any:
         if not _models.optimizers_of(self, find):
             return original(self, force=force)
         if self.train_function is None or force:
             self.train_function = between_fits(self)
         return self.train_function
 
-    def make_test(self: Any, original: Callable, force: bool = False) -> Any:
+    def make_test(self: Any, original: Callable[..., Any], force: bool = False) -> Any:
         if not isinstance(self.distribute_strategy, BlockStrategy):
             return original(self, force=force)
         _models.bring_into_scope(self)
@@ -317,7 +317,7 @@ def _check_fit(model: keras.Model) -> None:
 
 
 @contextlib.contextmanager
-def _without_jit(model):
+def _without_jit(model: keras.Model) -> Iterator[None]:
     # strategy.run lifts a jitted function out over all devices, which XLA refuses (tensorflow
     # issue 53140).
     before, model._jit_compile = model._jit_compile, False

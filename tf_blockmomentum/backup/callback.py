@@ -1,10 +1,13 @@
 """BlockBackup: every worker's exact state on disk, and a fit that goes on from it."""
 
 import json
+import os
 import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,7 +17,7 @@ from tf_blockmomentum import progress
 from tf_blockmomentum._private import models as _models
 from tf_blockmomentum._private.epochs import epochs_of, set_initial_epoch
 from tf_blockmomentum._private.trainer import fit_of
-from tf_blockmomentum.backup.pieces import to_bytes
+from tf_blockmomentum.backup.pieces import Piece, to_bytes
 from tf_blockmomentum.backup.restoring import (
     check_variables,
     own_values,
@@ -103,7 +106,13 @@ class BlockBackup(keras.callbacks.Callback):
     ['epoch-000002-step-000000000', 'epoch-000003-step-000000000']
     """
 
-    def __init__(self, directory, every=None, keep=2, callbacks=()):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: int | None = None,
+        keep: int = 2,
+        callbacks: Iterable[keras.callbacks.Callback] = (),
+    ) -> None:
         super().__init__()
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(
@@ -116,11 +125,12 @@ class BlockBackup(keras.callbacks.Callback):
         self.every = every
         self.keep = keep
         self._own_callbacks = list(callbacks)
-        self._metrics: list = []  # (part of a variable, value) for when fit has reset them
+        # (part of a variable, value) for when fit has reset them
+        self._metrics: list[tuple[Any, Any]] = []
 
     # -- Keras calls these ----------------------------------------------------------------------
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Restores the newest backup that all workers have."""
         model = self.model
         training = getattr(model.train_function, "__self__", None)
@@ -142,7 +152,7 @@ class BlockBackup(keras.callbacks.Callback):
         inside = [c.callback if isinstance(c, ChiefOnly) else c for c in known]
         self._callbacks = list({id(c): c for c in inside}.values())
         self._begun_with = [plain(vars(callback)) for callback in self._callbacks]
-        self._history: dict | None = None  # of the fit that goes on
+        self._history: dict[str, Any] | None = None  # of the fit that goes on
         self._saved_midway = False
         self._shelf = Shelf(
             self.directory,
@@ -156,7 +166,7 @@ class BlockBackup(keras.callbacks.Callback):
         self._last_blocks = self._optimizers[0].blocks
         self._listen_to_sigterm()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Restores the metrics, which fit has just reset."""
         for part, value in self._metrics:
             part.assign(value)
@@ -166,7 +176,7 @@ class BlockBackup(keras.callbacks.Callback):
         self._restore_history()
         set_initial_epoch(self.model, None)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         due = self.every and self._optimizers[0].blocks >= self._last_blocks + self.every
         steps, ending = self.params["steps"], self._loop.ending
         # Where all workers are to stop, and know it; else this worker's wish is not yet heard.
@@ -178,7 +188,7 @@ class BlockBackup(keras.callbacks.Callback):
             self._saved_midway = midway
             self._leave_if_asked()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         stopped_within = self._loop.ending.stopping
         self._training.after_callbacks()  # all workers note the same about stopping
         if not self._saved_midway:
@@ -186,16 +196,16 @@ class BlockBackup(keras.callbacks.Callback):
             self._save(epoch + 1, 0, over and not self._loop.ending.leaving, logs)
         self._leave_if_asked()
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._restore_history()
         set_initial_epoch(self.model, None)
 
     # -- SIGTERM ----------------------------------------------------------------------------------
 
-    def _listen_to_sigterm(self):
+    def _listen_to_sigterm(self) -> None:
         loop = self._loop
 
-        def note(number, frame):
+        def note(number: int, frame: Any) -> None:
             loop.wants_to_leave = True
 
         here = threading.current_thread() is threading.main_thread()
@@ -204,7 +214,7 @@ class BlockBackup(keras.callbacks.Callback):
             fit_of(self.model).at_end(lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
         loop.wants_to_leave = False
 
-    def _leave_if_asked(self):
+    def _leave_if_asked(self) -> None:
         """Ends the process, as all workers do now; the last backup is complete."""
         if self._loop.ending.leaving:
             self._loop.ending.drop()
@@ -215,7 +225,7 @@ class BlockBackup(keras.callbacks.Callback):
 
     # -- History ----------------------------------------------------------------------------------
 
-    def _history_with(self, logs):
+    def _history_with(self, logs: dict[str, Any] | None) -> dict[str, list[float]]:
         """History's logs, and those of an epoch that it has yet to hear of."""
         history = self.model.history
         past = {k: [float(v) for v in values] for k, values in history.history.items()}
@@ -223,7 +233,7 @@ class BlockBackup(keras.callbacks.Callback):
             past.setdefault(name, []).append(float(value))
         return past
 
-    def _restore_history(self):
+    def _restore_history(self) -> None:
         if self._history is not None:
             history, past = self.model.history, self._history
             self._history = None
@@ -232,7 +242,9 @@ class BlockBackup(keras.callbacks.Callback):
 
     # -- saving -----------------------------------------------------------------------------------
 
-    def _save(self, epoch, step, over=False, logs=None):
+    def _save(
+        self, epoch: int, step: int, over: bool = False, logs: dict[str, Any] | None = None
+    ) -> None:
         """`over`: the fit has come to its end. `logs`: of the epoch that ends."""
         progress.note("writes a backup")
         iterator, batches, one_more = self._loop.data.batches
@@ -260,7 +272,7 @@ class BlockBackup(keras.callbacks.Callback):
         if epochs["goes_on"] and not one_more and isinstance(iterator, tf.data.Iterator):
             arrays |= position_of(iterator)
 
-        def members():
+        def members() -> Iterator[tuple[str, np.ndarray | np.generic]]:
             yield "meta", np.frombuffer(json.dumps(meta).encode(), np.uint8)
             yield from arrays.items()
             for i, variable in enumerate(self._variables):
@@ -275,7 +287,7 @@ class BlockBackup(keras.callbacks.Callback):
 
     # -- restoring --------------------------------------------------------------------------------
 
-    def _restore(self, pieces):
+    def _restore(self, pieces: list[Piece] | None) -> None:
         if pieces is None:
             return
         meta, model = pieces[0].meta, self.model
@@ -319,8 +331,10 @@ class BlockBackup(keras.callbacks.Callback):
         restore_callbacks(pieces[0], self._callbacks)
         self._history = meta.get("history")
 
-        def restore_position(iterator):
-            data = pieces[0] if exact and isinstance(iterator, tf.data.Iterator) else {}
+        def restore_position(iterator: Any) -> None:
+            data: dict[str, Any] = (
+                pieces[0] if exact and isinstance(iterator, tf.data.Iterator) else {}
+            )
             if "data/index" in data:
                 set_position(iterator, data)
                 self._loop.data.skip(iterator, 0, taken=batches)
@@ -341,5 +355,5 @@ class BlockBackup(keras.callbacks.Callback):
             print(f"{text}; epoch {meta['epoch'] + 1}, step {step}", file=sys.stderr, flush=True)
 
     @property
-    def _described(self):
+    def _described(self) -> list[list[Any]]:
         return describe(self._variables, self._loop.ending.replica.parts)

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import os
+import pathlib
 import re
 import zipfile
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,10 +19,10 @@ class Damaged(Exception):
     """A piece is not there, or not as it was written."""
 
 
-class Piece(dict):
+class Piece(dict[str, Any]):
     """The arrays of one worker's file, read when asked for, whose checksum was right."""
 
-    def __init__(self, path):
+    def __init__(self, path: pathlib.Path) -> None:
         self.path = path
         try:
             expected = path.with_suffix(".npz.sha256").read_text().split()
@@ -37,12 +40,12 @@ class Piece(dict):
         if self.meta.get("format") != 1:
             raise Damaged(f"{path.name} is of a format this version does not know")
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> np.ndarray:
         with np.load(self.path, allow_pickle=False) as file:  # none is left open
             return file[name]
 
 
-def write(path, members):
+def write(path: pathlib.Path, members: Iterable[tuple[str, np.ndarray | np.generic]]) -> None:
     """Writes an npz and then its checksum, each under another name first: the checksum's
     presence says that the file is whole."""
     temporary = path.with_suffix(".tmp")
@@ -60,17 +63,19 @@ def write(path, members):
     os.replace(temporary, path.with_suffix(".npz.sha256"))
 
 
-def worker_counts(directory):
+def worker_counts(directory: pathlib.Path) -> list[int]:
     """Of how many workers there are pieces in a backup's directory."""
     matches = (_PIECE.fullmatch(path.name) for path in directory.iterdir())
     return sorted({int(match[2]) for match in matches if match})
 
 
-def to_bytes(array):
+def to_bytes(array: np.ndarray | np.generic) -> np.ndarray | np.generic:
     """NumPy's format does not know bfloat16 and its like."""
     return array if array.dtype.kind in "biuf" else np.frombuffer(array.tobytes(), np.uint8)
 
 
-def from_bytes(array, shape, dtype):
-    dtype = tf.as_dtype(dtype).as_numpy_dtype
-    return array if array.dtype == dtype else np.frombuffer(array.tobytes(), dtype).reshape(shape)
+def from_bytes(array: np.ndarray, shape: Sequence[int], dtype: str) -> np.ndarray:
+    wanted = tf.as_dtype(dtype).as_numpy_dtype
+    if array.dtype == wanted:
+        return array
+    return np.frombuffer(array.tobytes(), wanted).reshape(shape)

@@ -1,15 +1,19 @@
 """What becomes of a backup's values: each variable's, and the callbacks' progress."""
 
 import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from tf_blockmomentum._private import models as _models
-from tf_blockmomentum.backup.pieces import from_bytes
+from tf_blockmomentum.backup.pieces import Piece, from_bytes
 from tf_blockmomentum.backup.state import plain
+from tf_blockmomentum.boundary.boundary import Boundary
 
 
-def check_variables(piece, described):
+def check_variables(piece: Piece, described: list[list[Any]]) -> None:
     """Raises ValueError if the backup is of another model."""
     for n, (theirs, ours) in enumerate(itertools.zip_longest(piece.meta["variables"], described)):
         if theirs is None or ours is None or theirs[1:] != ours[1:]:
@@ -20,13 +24,19 @@ def check_variables(piece, described):
             )
 
 
-def own_values(piece, replicas):
+def own_values(piece: Piece, replicas: int) -> Iterator[list[np.ndarray]]:
     """For every variable, the values of this worker's replicas, of which there are so many."""
     for i, (_, shape, dtype) in enumerate(piece.meta["variables"]):
         yield [from_bytes(piece[f"{r}/{i}"], shape, dtype) for r in range(replicas)]
 
 
-def redistributed(pieces, variables, model, replica, replicas):
+def redistributed(
+    pieces: Sequence[Piece],
+    variables: Sequence[Any],
+    model: keras.Model,
+    replica: Boundary,
+    replicas: Sequence[int],
+) -> Iterator[list[np.ndarray]]:
     """As `own_values`, from the pieces of other workers.
 
     Args:
@@ -44,7 +54,7 @@ def redistributed(pieces, variables, model, replica, replicas):
     for i, variable in enumerate(variables):
         _, shape, dtype = pieces[0].meta["variables"][i]
 
-        def value(former, i=i, shape=shape, dtype=dtype):
+        def value(former: int, i: int = i, shape: Any = shape, dtype: str = dtype) -> np.ndarray:
             piece, k = old[former]
             return from_bytes(piece[f"{k}/{i}"], shape, dtype)
 
@@ -63,11 +73,13 @@ def redistributed(pieces, variables, model, replica, replicas):
             yield [value(0 if same else r % len(old)) for r in replicas]
 
 
-def progress_of(callbacks, begun_with):
+def progress_of(
+    callbacks: Sequence[Any], begun_with: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """Of each callback what fit has changed: numbers and strings, and arrays by a name.
     `begun_with`: their attributes, as `plain`, when it began."""
-    changed: list = []
-    arrays: dict = {}
+    changed: list[dict[str, Any]] = []
+    arrays: dict[str, np.ndarray] = {}
     for n, (callback, before) in enumerate(zip(callbacks, begun_with, strict=True)):
         now = plain(vars(callback))
         changed.append({k: v for k, v in now.items() if before.get(k, ...) != v})
@@ -80,11 +92,11 @@ def progress_of(callbacks, begun_with):
     return changed, arrays
 
 
-def restore_callbacks(piece, callbacks):
+def restore_callbacks(piece: Piece, callbacks: Sequence[Any]) -> None:
     """What was noted of them in `progress_of`."""
     for n, (callback, changed) in enumerate(zip(callbacks, piece.meta["callbacks"], strict=False)):
         vars(callback).update(changed)
-        lists: dict = {}
+        lists: dict[str, list[np.ndarray]] = {}
         for name in piece:
             owner, _, rest = name.partition("/")
             if owner == f"callback-{n}":

@@ -1,7 +1,12 @@
 """The backups in a directory: which count, and which have had their time."""
 
 import contextlib
+import pathlib
 import warnings
+from collections.abc import Iterable
+
+import numpy as np
+import tensorflow as tf
 
 from tf_blockmomentum.backup.pieces import Damaged, Piece, worker_counts, write
 from tf_blockmomentum.backup.state import OFFERED, exchange, hash_of
@@ -19,14 +24,22 @@ class Shelf:
         all_replicas: how many there are.
     """
 
-    def __init__(self, directory, keep, worker, workers, replicas, all_replicas):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: int,
+        worker: int,
+        workers: int,
+        replicas: list[int],
+        all_replicas: int,
+    ) -> None:
         self._directory, self._keep = directory, keep
         self._worker, self._workers = worker, workers
         self._replicas, self._all_replicas = replicas, all_replicas
-        self._names: list = []  # of the backups that count, the oldest first
+        self._names: list[str] = []  # of the backups that count, the oldest first
         self.run = 0  # a number of this fit's, once `newest` has been asked for
 
-    def put(self, name, members):
+    def put(self, name: str, members: Iterable[tuple[str, np.ndarray | np.generic]]) -> None:
         """Writes this worker's piece of a backup, and removes its oldest. Raises OSError."""
         directory = self._directory / name
         path = directory / f"worker-{self._worker}-of-{self._workers}.npz"
@@ -45,7 +58,7 @@ class Shelf:
         self._names.append(directory.name)
         self._prune()
 
-    def _prune(self):
+    def _prune(self) -> None:
         """Removes this worker's oldest pieces. All workers finished the backup before this one,
         or this worker could not have come to its boundary: so `keep` complete ones remain."""
         self._names = self._names[-self._keep - 1 :]
@@ -61,11 +74,11 @@ class Shelf:
                     path.unlink()
                 directory.rmdir()
 
-    def _backups(self):
+    def _backups(self) -> list[pathlib.Path]:
         """Directories of backups, the newest first."""
         return sorted(self._directory.glob("epoch-*-step-*"), reverse=True)
 
-    def newest(self, strategy):
+    def newest(self, strategy: tf.distribute.Strategy) -> list[Piece] | None:
         """Agrees with the other workers on the newest backup; returns its pieces, or None."""
         found, problems = {}, {}
         for directory in self._backups():
@@ -95,7 +108,7 @@ class Shelf:
                 )
         return chosen
 
-    def _open(self, directory, workers):
+    def _open(self, directory: pathlib.Path, workers: int) -> list[Piece]:
         """This worker's piece of a backup if nothing has changed; else the pieces of all."""
         if workers == self._workers:
             piece = Piece(directory / f"worker-{self._worker}-of-{workers}.npz")
@@ -106,7 +119,7 @@ class Shelf:
             raise Damaged("its pieces are of different runs")
         return pieces
 
-    def is_ours(self, piece):
+    def is_ours(self, piece: Piece) -> bool:
         """Whether it is this worker's, of as many replicas as there are."""
         return piece.meta["replicas"] == self._replicas and (
             piece.meta["all_replicas"] == self._all_replicas

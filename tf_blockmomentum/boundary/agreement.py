@@ -71,7 +71,7 @@ class Agreement:
         for (v, _), value in zip(extrema, largest, strict=True):
             v.assign(value)
 
-    def _extrema(self, wanted: list[tuple[Any, Callable]]) -> list[tf.Tensor]:
+    def _extrema(self, wanted: list[tuple[Any, Callable[..., Any]]]) -> list[tf.Tensor]:
         """The largest or smallest value on any replica, by the function beside the variable."""
         place = tf.equal(
             tf.range(self._strategy.num_replicas_in_sync),

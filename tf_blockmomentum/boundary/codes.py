@@ -167,7 +167,7 @@ class Layout:
 
     def split(self, groups: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """The reverse: float32 tensors."""
-        tensors: list = [None] * len(self._shapes)
+        tensors: list[Any] = [None] * len(self._shapes)
         for group, blocks in zip(self._groups, groups, strict=True):
             flat, begin = tf.reshape(blocks, [-1]), 0
             for i in group:

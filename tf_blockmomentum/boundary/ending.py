@@ -53,7 +53,7 @@ class Ending:
         kind = OverlappedBoundary if optimizers[0].overlap else Boundary
         self.replica = kind(optimizers, strategy, self.rules, jit, skip)
         self.agreement = Agreement(optimizers, strategy, self.rules)
-        self._known: tuple | None = None  # what the compiled functions were made for
+        self._known: tuple[Any, ...] | None = None  # what the compiled functions were made for
         self.flight = Flight()
         self._periods_known: list[int] | None = None
         self._boundaries = 0

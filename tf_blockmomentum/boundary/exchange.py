@@ -32,7 +32,7 @@ def sum_packs(packs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Sums flat tensors over all replicas, in replica context, a few at a time: each has buffers
     of its own in TensorFlow's transport while it travels."""
     context = tf.distribute.get_replica_context()
-    sums: list = []
+    sums: list[tf.Tensor] = []
     for i, flat in enumerate(packs):
         arrived = [sums[i - _AT_ONCE]] if i >= _AT_ONCE else []
         with tf.control_dependencies(arrived):

@@ -71,14 +71,14 @@ class Feedback:
         self,
         compression: str,
         strategy: tf.distribute.Strategy,
-        compiled: Callable[[Callable], Callable],
+        compiled: Callable[[Callable[..., Any]], Callable[..., Any]],
         overlap: bool,
     ) -> None:
         self._bits = codes.BITS[compression]
         self._strategy = strategy
         self._compiled = compiled
         self._overlap = overlap
-        self._shapes: list | None = None
+        self._shapes: list[tuple[int, tuple[int, ...]]] | None = None
         self.layout: Any = None
         self.residuals: list[tf.Variable] = []
         self.scales: tf.Variable | None = None  # of the codes sent last

@@ -155,14 +155,14 @@ class Flight:
 
     def __init__(self) -> None:
         self._thread = concurrent.futures.ThreadPoolExecutor(1)  # started when first used
-        self._flight: concurrent.futures.Future | None = None
+        self._flight: concurrent.futures.Future[Any] | None = None
 
     @property
     def under_way(self) -> bool:
         """Whether deltas are on their way."""
         return self._flight is not None
 
-    def depart(self, transport: Callable, packs: Any) -> None:
+    def depart(self, transport: Callable[..., Any], packs: Any) -> None:
         """Starts the all-reduce. All workers start theirs in the same order, and no other
         collective before this one has arrived: nothing else communicates within an epoch."""
         if tf.config.functions_run_eagerly():  # a setting of the process, not of a thread

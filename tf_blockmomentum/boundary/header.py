@@ -81,13 +81,13 @@ def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
 
 
-def checksum(values: list[np.ndarray]) -> int:
-    """A number from 1 to `CHECKSUMS` for the bits of some arrays."""
+def checksum(values: list[Any]) -> int:
+    """As `crc`, a number from 1 to `CHECKSUMS`."""
     return crc(values) % (CHECKSUMS - 1) + 1
 
 
-def crc(values: list[np.ndarray]) -> int:
-    """The CRC-32 of some arrays' bits."""
+def crc(values: list[Any]) -> int:
+    """The CRC-32 of the bits of some arrays and NumPy's numbers."""
     found = 0
     for value in values:
         found = zlib.crc32(np.ascontiguousarray(value).tobytes(), found)

@@ -63,7 +63,11 @@ class Measuring:
         self.bytes = sum(flat.shape.num_elements() * flat.dtype.size for flat in packs)
 
     def measure(
-        self, means: Callable, read: Callable, sums: list[tf.Tensor], header: tf.Tensor
+        self,
+        means: Callable[..., Any],
+        read: Callable[..., Any],
+        sums: list[tf.Tensor],
+        header: tf.Tensor,
     ) -> None:
         """Before the outer step, from what it gets. Not in one function with it, where XLA would
         copy what the outer step overwrites, measured or not.

@@ -47,8 +47,10 @@ class Observer:
 
 
 def called_by_host(
-    strategy: tf.distribute.Strategy, observer: Callable[[], Observer], replica_fn: Callable
-) -> Callable:
+    strategy: tf.distribute.Strategy,
+    observer: Callable[[], Observer],
+    replica_fn: Callable[..., Any],
+) -> Callable[..., Any]:
     """A function that runs another in all replicas of this process, compiled, and tells whoever
     observes by then."""
 

@@ -1,5 +1,8 @@
 """Many tensors and few messages."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import tensorflow as tf
 
 from tf_blockmomentum._private.tensorflow import wire_dtype
@@ -9,7 +12,7 @@ from tf_blockmomentum._private.tensorflow import wire_dtype
 _PACK_BYTES, _PACKS = 4 << 20, 32
 
 
-def pack(tensors):
+def pack(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Flat tensors of one dtype each and some megabytes, so that a list travels neither in one
     message for each nor in a single one: with several on their way, one is added up while
     another is on the link. Large tensors are cut, without a copy if XLA does not compile this;
@@ -22,9 +25,9 @@ def pack(tensors):
     ]
 
 
-def unpack(packs, like):
+def unpack(packs: Sequence[tf.Tensor], like: Sequence[Any]) -> list[tf.Tensor]:
     """The reverse of `pack`: a list of tensors of the shapes and dtypes of `like`."""
-    parts: list = [[] for _ in like]
+    parts: list[list[tf.Tensor]] = [[] for _ in like]
     for flat, pieces in zip(packs, _pieces(like), strict=True):
         own = tf.split(flat, [end - begin for _, begin, end in pieces])
         for (i, _, _), part in zip(pieces, own, strict=True):
@@ -35,16 +38,16 @@ def unpack(packs, like):
     ]
 
 
-def _pieces(tensors):
+def _pieces(tensors: Sequence[Any]) -> list[list[tuple[int, int, int]]]:
     """For each pack, what it holds: number of the tensor, and from which element to which."""
-    members: dict = {}
+    members: dict[tf.DType, list[int]] = {}
     for i, tensor in enumerate(tensors):
         members.setdefault(_wire(tensor), []).append(i)
-    packs: list = []
+    packs: list[list[tuple[int, int, int]]] = []
     for wire, those in members.items():
         counts = {i: tensors[i].shape.num_elements() for i in those}
         size, room = max(_PACK_BYTES // wire.size, -(-sum(counts.values()) // _PACKS)), 0
-        small: list = []
+        small: list[tuple[int, int, int]] = []
         for i, count in counts.items():
             if count > size // 2:
                 each = -(-count // max(1, round(count / size)))
@@ -59,5 +62,5 @@ def _pieces(tensors):
     return packs
 
 
-def _wire(tensor):
+def _wire(tensor: Any) -> tf.DType:
     return wire_dtype(tensor.dtype)

@@ -113,7 +113,7 @@ class Sending:
         slots = [v for optimizer in self._optimizers for v in optimizer.averaged_state]
         return [*self._rules.of(MEAN), *slots]
 
-    def _compiled(self, replica_fn: Callable) -> Callable:
+    def _compiled(self, replica_fn: Callable[..., Any]) -> Callable[..., Any]:
         """A function of the boundary that does not communicate. For large models XLA compiles
         it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
         weights = sum(v.shape.num_elements() for v in self.trained)

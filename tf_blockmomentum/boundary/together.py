@@ -1,6 +1,6 @@
 """Whether the workers still train one model, as a boundary shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from tf_blockmomentum.boundary.header import crc
 from tf_blockmomentum.strategy import meeting, worker_of
 
 
-def check_anchors(numbers: dict[str, np.ndarray], strategy: tf.distribute.Strategy) -> bool:
+def check_anchors(numbers: Mapping[str, Any], strategy: tf.distribute.Strategy) -> bool:
     """Whether all workers have set the weights, but not to the same; from the header of a block
     that has arrived. Raises RuntimeError if the workers train different models."""
     was_set, anchors = numbers["set"] > 0, np.rint(numbers["anchor"]).astype(int)

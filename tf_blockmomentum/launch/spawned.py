@@ -5,6 +5,8 @@ import os
 import pickle
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 
 def main(folder: str) -> None:
@@ -40,7 +42,7 @@ def _index() -> int:
     return json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 
 
-def _pickled(result, dumps) -> bytes:
+def _pickled(result: Any, dumps: Callable[[Any], bytes]) -> bytes:
     try:
         return dumps(result)
     except Exception as error:

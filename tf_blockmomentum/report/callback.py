@@ -67,8 +67,8 @@ class BlockReport(keras.callbacks.Callback):
 
     def __init__(
         self,
-        log_dir: str | os.PathLike | None = None,
-        timeline: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike[str] | None = None,
+        timeline: str | os.PathLike[str] | None = None,
         history: bool = False,
     ) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class BlockReport(keras.callbacks.Callback):
 
     # -- Keras calls these ------------------------------------------------------------------------
 
-    def on_train_begin(self, logs: dict | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """A new fit: begins to listen to its loop."""
         self._training = training_of(self.model)
         if self._training is None or not self._training.is_fitting:
@@ -107,23 +107,23 @@ class BlockReport(keras.callbacks.Callback):
             if file:
                 fit_of(self.model).at_end(file.close)
 
-    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Says what there was in the last one: Keras's own line of that is complete now."""
         self._say()
 
-    def on_test_begin(self, logs: dict | None = None) -> None:
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Validation, for the timeline."""
         if self._training is not None:  # it is part of a fit
             self._training.flush()
             self._tests = self._recorder.span("validation")
             self._tests.__enter__()
 
-    def on_test_end(self, logs: dict | None = None) -> None:
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         """Validation, for the timeline."""
         if self._training is not None:
             self._tests.__exit__(None, None, None)
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Sums the epoch up."""
         self._training.flush()
         taken = self._recorder.take()
@@ -143,7 +143,7 @@ class BlockReport(keras.callbacks.Callback):
             if self._trace:
                 self._trace.add(rows)
 
-    def on_train_end(self, logs: dict | None = None) -> None:
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """The table and the advice."""
         self._say()
         if not self.epochs:

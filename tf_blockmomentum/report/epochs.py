@@ -4,6 +4,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -162,17 +163,17 @@ def measured(
     )
 
 
-def means(rows: np.ndarray) -> np.ndarray:
+def means(rows: np.ndarray) -> Any:
     """Of each column, without NaN."""
     return _quietly(np.nanmean, rows)
 
 
-def medians(rows: np.ndarray) -> np.ndarray:
+def medians(rows: np.ndarray) -> Any:
     """Of each column, without NaN."""
     return _quietly(np.nanmedian, rows)
 
 
-def _quietly(function: Callable, rows: np.ndarray) -> np.ndarray:
+def _quietly(function: Callable[..., Any], rows: np.ndarray) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # nothing but NaN
         return function(rows, axis=0)

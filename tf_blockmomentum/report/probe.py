@@ -60,7 +60,7 @@ def main() -> None:
         return observe(self, probe)
 
     @functools.wraps(begin)
-    def on_train_begin(self: BlockTraining, logs: dict | None = None) -> None:
+    def on_train_begin(self: BlockTraining, logs: dict[str, Any] | None = None) -> None:
         observe(self, probe)
         begin(self, logs)
 

@@ -64,7 +64,7 @@ class LastBatches:
             for j, tensor in enumerate(tf.nest.flatten(batch, expand_composites=True))
         }
 
-    def restore(self, arrays: Mapping[str, np.ndarray], element_spec: Any) -> None:
+    def restore(self, arrays: Mapping[str, Any], element_spec: Any) -> None:
         """The reverse of `arrays`, of batches of `element_spec`."""
         self.take()
         specs = tf.nest.flatten(element_spec, expand_composites=True)

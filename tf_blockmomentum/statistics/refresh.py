@@ -120,12 +120,12 @@ class Refresh:
 
     def __init__(
         self,
-        step_fn: Callable,
+        step_fn: Callable[..., Any],
         strategy: tf.distribute.Strategy,
         jit: bool,
         optimizers: Sequence[Any] = (),
         layers: Iterable[Any] | None = None,
-        local_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        local_step: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
         self._step_fn, self._strategy, self._jit = step_fn, strategy, jit
         self._optimizers, self._local_step = list(optimizers), local_step

@@ -4,8 +4,11 @@ import argparse
 import importlib
 import os
 import sys
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import keras_tuner as kt
 import tensorflow as tf
 
@@ -25,7 +28,7 @@ TUNERS = {
 }
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = _parse(arguments)
@@ -60,13 +63,18 @@ def main(arguments=None):
     return 0
 
 
-def _tuner(options, build, strategy, epochs):
+def _tuner(
+    options: argparse.Namespace,
+    build: Callable[[Any], keras.Model],
+    strategy: tf.distribute.Strategy | None,
+    epochs: int,
+) -> Any:
     """The tuner that the command's options describe; it tells of every trial."""
 
     base: Any = TUNERS[options.tuner]
 
     class Telling(base):
-        def on_trial_end(self, trial):
+        def on_trial_end(self, trial: Any) -> None:
             super().on_trial_end(trial)
             if not self.workers.chief:
                 return
@@ -110,14 +118,14 @@ def _tuner(options, build, strategy, epochs):
     )
 
 
-def _load(script):
+def _load(script: str) -> types.ModuleType:
     """Imports a script by its path, as Python finds modules beside the script it runs."""
     path = os.path.abspath(script if script.endswith(".py") else script + ".py")
     sys.path[0] = os.path.dirname(path)
     return importlib.import_module(os.path.basename(path)[:-3])
 
 
-def _parse(arguments):
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tf_blockmomentum.tuner",
         description="Searches sync_period (K) and block_momentum (beta) for a model.",

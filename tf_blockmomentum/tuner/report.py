@@ -1,13 +1,15 @@
 """What a search found: a table of its trials and a heat map of K by beta."""
 
 import math
+import os
+from typing import Any
 
 import numpy as np
 
 from tf_blockmomentum.published import published_rules
 
 
-def results_table(tuner):
+def results_table(tuner: Any) -> str:
     """The trials as the lines of a table, the best first, as text.
 
     `measured_seconds` is this machine's training time without tracing and validation;
@@ -34,17 +36,17 @@ def results_table(tuner):
     return "\n".join(lines)
 
 
-def _at_step(trial, metric):
+def _at_step(trial: Any, metric: str) -> float | None:
     return trial.metrics.get_last_value(metric) if trial.metrics.exists(metric) else None
 
 
-def as_text(cell):
+def as_text(cell: str | float | None) -> str:
     if cell is None:
         return "-"
     return cell if isinstance(cell, str) else f"{cell:.4g}"
 
 
-def heat_map(tuner, path, replicas):
+def heat_map(tuner: Any, path: str | os.PathLike[str], replicas: int) -> None:
     """Draws K by beta, coloured by the objective, and writes it to a file.
 
     A cell is the mean of its completed trials; a cross is a trial that failed. Marked are
@@ -63,15 +65,16 @@ def heat_map(tuner, path, replicas):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
 
     space = {hp.name: list(hp.values) for hp in tuner.oracle.get_space().space}
     periods, momenta = space["sync_period"], space["block_momentum"]
     objective = tuner.oracle.objective
     lost = getattr(objective, "give_up", math.inf)
-    scores: dict = {}
+    scores: dict[tuple[int, int], list[float]] = {}
     figure, axes = pyplot.subplots(figsize=(1.5 + 0.9 * len(periods), 1.5 + 0.5 * len(momenta)))
 
-    def place(trial):
+    def place(trial: Any) -> tuple[int, int]:
         values = trial.hyperparameters.values
         return periods.index(values["sync_period"]), momenta.index(values["block_momentum"])
 
@@ -101,7 +104,7 @@ def heat_map(tuner, path, replicas):
         )
         grid[y, x] = np.nan if missed else mean
         if missed:
-            axes.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, color="lightgrey"))
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color="lightgrey"))
     colours = "viridis" if objective.direction == "max" else "viridis_r"
     image = axes.imshow(grid, cmap=colours, origin="lower", aspect="auto")
     figure.colorbar(image, label=objective.name)

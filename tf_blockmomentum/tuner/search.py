@@ -3,6 +3,8 @@
 import functools
 import math
 import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import keras_tuner as kt
@@ -14,6 +16,8 @@ from tf_blockmomentum.landing import check_overlap
 from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.tuner.trial import StopAtTarget, TimeToTarget, TrialTraining
 from tf_blockmomentum.tuner.workers import InStep, Workers, process_count
+
+Bounds = tuple[Any, Any] | list[Any]  # a pair: lowest and highest
 
 K, BETA, INNER = "sync_period", "block_momentum", "inner_learning_rate"  # hyperparameters
 
@@ -75,12 +79,12 @@ class BlockMomentumHyperModel(kt.HyperModel):
 
     def __init__(
         self,
-        hypermodel,
-        sync_period=(1, 64),
-        block_momentum=(0.0, 0.95),
-        inner_learning_rate=None,
-        overlap=False,
-    ):
+        hypermodel: kt.HyperModel | Callable[[kt.HyperParameters], keras.Model],
+        sync_period: Bounds = (1, 64),
+        block_momentum: Bounds = (0.0, 0.95),
+        inner_learning_rate: Bounds | None = None,
+        overlap: float | bool = False,
+    ) -> None:
         if not (isinstance(hypermodel, kt.HyperModel) or callable(hypermodel)):
             raise TypeError(
                 "BlockMomentumHyperModel wraps a keras_tuner.HyperModel or a function build(hp) "
@@ -105,12 +109,12 @@ class BlockMomentumHyperModel(kt.HyperModel):
         self.workers = Workers(None)  # distribute() sets others
         super().__init__(getattr(hypermodel, "name", None))
 
-    def declare_hyperparameters(self, hp):
+    def declare_hyperparameters(self, hp: kt.HyperParameters) -> None:
         """The wrapped hypermodel's."""
         if isinstance(self.hypermodel, kt.HyperModel):
             self.hypermodel.declare_hyperparameters(hp)
 
-    def build(self, hp):
+    def build(self, hp: kt.HyperParameters) -> keras.Model:
         """Builds the wrapped model for `hp` and compiles it with `BlockMomentum`."""
         build = getattr(self.hypermodel, "build", self.hypermodel)
         model = build(hp)
@@ -144,7 +148,14 @@ class BlockMomentumHyperModel(kt.HyperModel):
         _build_optimizer_with(model)
         return model
 
-    def fit(self, hp, model, *args, callbacks=(), **kwargs):
+    def fit(
+        self,
+        hp: kt.HyperParameters,
+        model: keras.Model,
+        *args: Any,
+        callbacks: Iterable[Any] = (),
+        **kwargs: Any,
+    ) -> Any:
         """The wrapped hypermodel's fit (else the model's), in blocks.
 
         A `BlockTraining` among the callbacks is taken as a wish for its `jit_compile`.
@@ -180,7 +191,9 @@ class BlockMomentumHyperModel(kt.HyperModel):
         return result
 
 
-def _bounds(name, bounds, kind, expected, valid):
+def _bounds(
+    name: str, bounds: Any, kind: type[Any], expected: str, valid: Callable[[Any], bool]
+) -> tuple[Any, Any]:
     pair = isinstance(bounds, tuple | list) and len(bounds) == 2
     if (
         not pair
@@ -194,10 +207,10 @@ def _bounds(name, bounds, kind, expected, valid):
     return tuple(bounds)
 
 
-def _build_optimizer_with(model):
+def _build_optimizer_with(model: keras.Model) -> None:
     """Builds the optimizer as soon as the model is built: before weights are loaded."""
 
-    def build_optimizer():
+    def build_optimizer() -> None:
         with model.distribute_strategy.scope():
             model.optimizer.build(model.trainable_variables)
 
@@ -206,7 +219,7 @@ def _build_optimizer_with(model):
         return
     build_from_config = model.build_from_config  # what KerasTuner calls before it loads
 
-    def build_both(config):
+    def build_both(config: Any) -> None:
         build_from_config(config)
         build_optimizer()
 

@@ -5,7 +5,8 @@ import math
 import numbers
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import keras
 import keras_tuner as kt
@@ -13,15 +14,20 @@ import tensorflow as tf
 
 from tf_blockmomentum.callback import BlockTraining
 from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
-from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.steps import eagerly
+from tf_blockmomentum.tuner.workers import Workers
 
 MEASURED, PREDICTED = "measured_seconds", "predicted_seconds"  # metrics of an epoch
 
 
 def time_to_target(
-    metric, target, direction=None, bandwidth=None, step_seconds=None, give_up=3600.0
-):
+    metric: str,
+    target: float,
+    direction: str | None = None,
+    bandwidth: float | str | None = None,
+    step_seconds: float | None = None,
+    give_up: float = 3600.0,
+) -> kt.Objective:
     """The objective "seconds of training until `metric` reaches `target`", to be minimized.
 
     Training stops when the target is reached; what is compared are the seconds at the
@@ -56,7 +62,15 @@ def time_to_target(
 
 
 class TimeToTarget(kt.Objective):
-    def __init__(self, metric, target, direction, bandwidth, step_seconds, give_up):
+    def __init__(
+        self,
+        metric: str,
+        target: float,
+        direction: str | None,
+        bandwidth: float | str | None,
+        step_seconds: float | None,
+        give_up: float,
+    ) -> None:
         if direction is None and isinstance(metric, str):
             direction = kt.engine.metrics_tracking.infer_metric_direction(metric)
         if direction not in ("min", "max"):
@@ -78,23 +92,23 @@ class TimeToTarget(kt.Objective):
                 )
         super().__init__(f"seconds_to_{metric}", "min")
         self.metric, self.target, self.maximize = metric, float(target), direction == "max"
-        self.bandwidth = bandwidth
+        self.bandwidth: Any = bandwidth
         if bandwidth is not None and not isinstance(bandwidth, numbers.Real):
-            self.bandwidth = parse_bandwidth(bandwidth)
+            self.bandwidth = parse_bandwidth(cast(str, bandwidth))
         self.step_seconds, self.give_up = step_seconds, float(give_up)
 
     @property
-    def clock(self):
+    def clock(self) -> str:
         return MEASURED if self.bandwidth is None else PREDICTED
 
-    def reached(self, logs):
+    def reached(self, logs: dict[str, float]) -> bool:
         value = logs[self.metric]
         return value >= self.target if self.maximize else value <= self.target
 
-    def has_value(self, logs):
+    def has_value(self, logs: dict[str, float]) -> bool:
         return self.name in logs or (self.metric in logs and self.clock in logs)
 
-    def get_value(self, logs):
+    def get_value(self, logs: dict[str, float]) -> float:
         if self.name in logs:
             return logs[self.name]
         if self.reached(logs):
@@ -120,14 +134,15 @@ class TrialTraining(BlockTraining):
     epoch, where all learn of the error and fail together.
     """
 
-    def __init__(self, jit_compile, workers, objective):
+    def __init__(self, jit_compile: bool | str, workers: Workers, objective: Any) -> None:
         super().__init__(jit_compile)
         self.workers, self.objective = workers, objective
-        self.left, self.error = False, None
+        self.left = False
+        self.error: Exception | None = None
         self._steps, self._boundaries, self._landings = (_Durations() for _ in range(3))
-        self._tested = None
+        self._tested: Any = None
 
-    def leave(self, error=None):
+    def leave(self, error: Exception | None = None) -> None:
         """Takes this worker out of the epoch, because of an error or to stop."""
         if isinstance(error, FloatingPointError):  # of a boundary, and raised on all workers
             error = kt.errors.FailedTrialError(_DIVERGED.format(error))
@@ -135,7 +150,7 @@ class TrialTraining(BlockTraining):
             raise error
         self.left, self.error = True, self.error or error
 
-    def _train_function(self, iterator):
+    def _train_function(self, iterator: Any) -> Any:
         # On every worker: it makes variables, which communicates.
         loop = self.ready_loop(iterator.element_spec)
         if not self.left:
@@ -153,7 +168,7 @@ class TrialTraining(BlockTraining):
                     self.leave(error)
         raise StopIteration
 
-    def ready_loop(self, element_spec):
+    def ready_loop(self, element_spec: Any) -> Any:
         fresh = self._loop is None
         loop: Any = super().ready_loop(element_spec)
         if fresh:
@@ -167,7 +182,7 @@ class TrialTraining(BlockTraining):
                 setattr(loop.ending, name, timed)
         return loop
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         super().on_train_batch_end(batch, logs)
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss) and not self.left:
@@ -177,13 +192,13 @@ class TrialTraining(BlockTraining):
                 )
             )
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         super().on_test_begin(logs)
         if self.workers.count > 1 and self.model.test_function is not self._tested:
             test_function = self.model.test_function
 
             @functools.wraps(test_function)
-            def until_error(iterator):
+            def until_error(iterator: Any) -> Any:
                 try:
                     if self.error is None:
                         return test_function(iterator)
@@ -195,9 +210,10 @@ class TrialTraining(BlockTraining):
 
             self._tested = self.model.test_function = until_error
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         super().on_epoch_end(epoch, logs)
-        optimizer = find(self.model.optimizer)
+        assert logs is not None  # Keras always gives them
+        optimizer = self.optimizer
         steps, blocks = int(optimizer.iterations.numpy()), optimizer.blocks
         step = self._steps.median()
         boundary = self._boundaries.median() + self._landings.median()
@@ -221,18 +237,19 @@ class TrialTraining(BlockTraining):
 class StopAtTarget(keras.callbacks.Callback):
     """Stops at the target, or when it takes too long. Comes last, when all metrics are there."""
 
-    def __init__(self, goal):
+    def __init__(self, goal: TimeToTarget) -> None:
         super().__init__()
         self.goal = goal
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         goal = self.goal
+        assert logs is not None  # Keras always gives them
         if goal.has_value(logs) and (goal.reached(logs) or logs[goal.clock] > goal.give_up):
             self.model.stop_training = True
 
 
-def _bytes_on_the_wire(variables, compression=None):
-    def each(v):
+def _bytes_on_the_wire(variables: Sequence[Any], compression: str | None = None) -> float:
+    def each(v: Any) -> float:
         if compression:
             return COMPRESSED_BYTES[compression]
         return tf.as_dtype("float32" if v.dtype == "bfloat16" else v.dtype).size  # see `pack`
@@ -243,13 +260,13 @@ def _bytes_on_the_wire(variables, compression=None):
 class _Durations:
     """Durations of a function's calls, each per unit of its work."""
 
-    def __init__(self):
-        self._seconds = []
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
 
-    def of(self, function, work):
+    def of(self, function: Callable[..., Any], work: Callable[[Any], float]) -> Callable[..., Any]:
         """The same function, timed. `work` waits for the result and says how much it was."""
 
-        def timed(*args):
+        def timed(*args: Any) -> Any:
             started = time.perf_counter()
             result = function(*args)
             units = work(result)
@@ -259,6 +276,6 @@ class _Durations:
 
         return timed
 
-    def median(self):
+    def median(self) -> float:
         """The first call traces, so it counts only where there is no other."""
         return statistics.median(self._seconds[1:] or self._seconds or [0.0])

@@ -5,6 +5,8 @@ import json
 import math
 import tempfile
 import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import keras_tuner as kt
@@ -17,16 +19,18 @@ from tf_blockmomentum._private import keras_tuner as private
 class Workers:
     """The workers of a strategy; what one sends, all receive. One worker without a strategy."""
 
-    def __init__(self, strategy):
-        self.strategy, self.count, self.chief = strategy, process_count(strategy), True
-        if self.count > 1:
+    def __init__(self, strategy: tf.distribute.Strategy | None) -> None:
+        self.strategy: Any = strategy
+        self.count, self.chief = process_count(strategy), True
+        if strategy is not None and self.count > 1:
+            run = strategy.run
             self.chief = strategy.extended.should_checkpoint
             self._all_gather = tf.function(
-                lambda values: strategy.run(_all_gather, args=(values,)), autograph=False
+                lambda values: run(_all_gather, args=(values,)), autograph=False
             )
-        self.agreed = None  # an error that all workers know of
+        self.agreed: Exception | None = None  # an error that all workers know of
 
-    def exchange(self, message):
+    def exchange(self, message: Any) -> list[Any]:
         """Sends JSON to all; returns the messages of all workers, in the workers' order."""
         if self.count == 1:
             return [message]
@@ -44,11 +48,11 @@ class Workers:
                 "run the same command again to go on."
             )
             raise self.agreed from lost
-        rows = [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+        messages = [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
         # A worker's replicas all say the same.
-        return [json.loads(row) for row in rows[:: len(rows) // self.count]]
+        return [json.loads(text) for text in messages[:: len(messages) // self.count]]
 
-    def _gather(self, vector):
+    def _gather(self, vector: np.ndarray) -> np.ndarray:
         """All replicas' vectors, which have one length, as the rows of a matrix."""
         values = self.strategy.experimental_distribute_values_from_function(
             lambda _: tf.constant(vector)
@@ -56,9 +60,10 @@ class Workers:
         gathered = self._all_gather(values)
         return self.strategy.experimental_local_results(gathered)[0].numpy()
 
-    def from_chief(self, action):
+    def from_chief(self, action: Callable[[], Any]) -> Any:
         """Does `action` on the chief alone; returns its result, or raises its error, on all."""
-        result = error = None
+        result: Any = None
+        error: Exception | None = None
         if self.chief:
             try:
                 result = action()
@@ -69,12 +74,12 @@ class Workers:
             raise error or RuntimeError(message)
         return result
 
-    def agree(self, error, stop=False):
+    def agree(self, error: Exception | None, stop: bool = False) -> bool:
         """Raises on all workers if one comes with an error; else whether one wants to stop."""
         if self.agreed is not None and error is self.agreed:
             raise error
         kinds = kt.errors.FatalError, kt.errors.FailedTrialError, Exception
-        message = [None, stop]
+        message: list[Any] = [None, stop]
         if error is not None:
             kind = next(i for i, kind in enumerate(kinds) if isinstance(error, kind))
             text = "".join(traceback.format_exception(error))
@@ -90,7 +95,7 @@ class Workers:
         raise self.agreed from error
 
 
-def _all_gather(vector):
+def _all_gather(vector: tf.Tensor) -> tf.Tensor:
     context = tf.distribute.get_replica_context()
     row = tf.one_hot(
         context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=tf.int32
@@ -98,12 +103,12 @@ def _all_gather(vector):
     return context.all_reduce("SUM", row[:, None] * vector[None])
 
 
-def process_count(strategy):
+def process_count(strategy: tf.distribute.Strategy | None) -> int:
     """How many worker processes a strategy has."""
     return _count(getattr(strategy, "cluster_resolver", None))
 
 
-def _count(resolver):
+def _count(resolver: Any) -> int:
     spec = resolver.cluster_spec().as_dict() if resolver else {}
     return max(1, sum(len(spec.get(kind, ())) for kind in ("chief", "worker")))
 
@@ -111,11 +116,11 @@ def _count(resolver):
 class InStep(keras.callbacks.Callback):
     """Runs a trial's callbacks on one of several workers: see `trial.TrialTraining`."""
 
-    def __init__(self, callbacks, training, workers):
+    def __init__(self, callbacks: Sequence[Any], training: Any, workers: Workers) -> None:
         super().__init__()
         self.callbacks, self.training, self.workers = callbacks, training, workers
 
-    def _call(self, hook, *args, **kwargs):
+    def _call(self, hook: str, *args: Any, **kwargs: Any) -> None:
         try:
             for callback in self.callbacks:
                 if self.training.error is None:
@@ -123,31 +128,31 @@ class InStep(keras.callbacks.Callback):
         except Exception as error:
             self.training.leave(error)
 
-    def set_params(self, params):
+    def set_params(self, params: dict[str, Any]) -> None:
         super().set_params(params)
         self._call("set_params", params)
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         self._call("set_model", model)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Any = None) -> None:
         self._call("on_train_begin", logs)
         self.workers.agree(self.training.error)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self._call("on_train_batch_end", batch, logs)
         if self.model.stop_training:  # this worker alone may want it
             self.model.stop_training = False
             self.training.leave()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._call("on_epoch_end", epoch, logs)
         wanted = self.training.left or bool(self.model.stop_training)
         self.model.stop_training = self.workers.agree(self.training.error, wanted)
 
 
-def _forward(hook):
+def _forward(hook: str) -> Callable[..., None]:
     return lambda self, *args, **kwargs: self._call(hook, *args, **kwargs)
 
 
@@ -156,7 +161,7 @@ for _hook in dir(keras.callbacks.Callback):
         setattr(InStep, _hook, _forward(_hook))
 
 
-def distribute(tuner_class):
+def distribute(tuner_class: type[kt.Tuner]) -> type[kt.Tuner]:
     """Makes a KerasTuner class search on all workers of a cluster in step.
 
     Every worker runs the same script, makes the tuner with the arguments it would have
@@ -212,7 +217,7 @@ def distribute(tuner_class):
 class _Distributed(kt.Tuner):
     """What distribute() puts in front of a tuner class."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.workers = Workers(kwargs.get("distribution_strategy"))
         launched = _count(tf.distribute.cluster_resolver.TFConfigClusterResolver())
         if launched > self.workers.count:
@@ -233,16 +238,16 @@ class _Distributed(kt.Tuner):
         self.hypermodel.workers = self.workers
         _share(self.oracle, self.workers)
 
-    def on_search_begin(self):
+    def on_search_begin(self) -> None:
         super().on_search_begin()
         self.save()  # a search cut short in its first trial can be resumed too
 
-    def search(self, *args, **kwargs):
+    def search(self, *args: Any, **kwargs: Any) -> None:
         if not self.workers.chief:
             kwargs["verbose"] = 0
         super().search(*args, **kwargs)
 
-    def run_trial(self, trial, *args, **kwargs):
+    def run_trial(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         error = results = None
         if self.workers.count > 1:
             try:
@@ -260,17 +265,17 @@ class _Distributed(kt.Tuner):
         self.workers.agree(error)
         return results
 
-    def load_model(self, trial):
+    def load_model(self, trial: Any) -> keras.Model:
         self._fetch(trial.trial_id)
         return super().load_model(trial)
 
-    def _fetch(self, trial_id):
+    def _fetch(self, trial_id: str | None) -> None:
         """Copies a past trial's files from worker 0 to the others' own directories."""
         if trial_id is None or self.workers.count == 1:
             return
         directory = self.get_trial_dir(trial_id)
 
-        def read():
+        def read() -> dict[str, str]:
             names = [n for n in tf.io.gfile.listdir(directory) if n.endswith((".h5", ".json"))]
             return {name: _read_base64(f"{directory}/{name}") for name in names}
 
@@ -280,7 +285,7 @@ class _Distributed(kt.Tuner):
                     file.write(base64.b64decode(data))
 
 
-def _read_base64(path):
+def _read_base64(path: str) -> str:
     with tf.io.gfile.GFile(path, "rb") as file:
         return base64.b64encode(file.read()).decode()
 
@@ -288,34 +293,34 @@ def _read_base64(path):
 class _SharedOracle(kt.Oracle):
     """What distribute() puts in front of an oracle's class: worker 0's decides for all."""
 
-    def create_trial(self, tuner_id):
+    def create_trial(self, tuner_id: str) -> Any:
         return self._mirror(lambda: super(_SharedOracle, self).create_trial(tuner_id))
 
-    def update_trial(self, trial_id, metrics, step=0):
+    def update_trial(self, trial_id: str, metrics: dict[str, float], step: int = 0) -> Any:
         return self._mirror(
             lambda: super(_SharedOracle, self).update_trial(trial_id, metrics, step=step)
         )
 
-    def end_trial(self, trial):
-        def end():
+    def end_trial(self, trial: Any) -> None:
+        def end() -> Any:
             super(_SharedOracle, self).end_trial(trial)
             return self.trials[trial.trial_id]
 
         self._mirror(end)
 
-    def save(self):
+    def save(self) -> None:
         if self._workers.chief:
             super().save()
 
-    def reload(self):
+    def reload(self) -> None:
         if self._workers.chief:
             super().reload()
 
-    def _mirror(self, action):
+    def _mirror(self, action: Callable[[], Any]) -> Any:
         """Worker 0's trial of the same state, on every worker."""
         trial = None
 
-        def state():
+        def state() -> dict[str, Any]:
             nonlocal trial
             trial = action()
             return trial.get_state()
@@ -328,7 +333,7 @@ class _SharedOracle(kt.Oracle):
         return trial
 
 
-def _share(oracle, workers):
+def _share(oracle: Any, workers: Workers) -> None:
     cls = type(oracle)
     oracle.__class__ = type(cls.__name__, (_SharedOracle, cls), {})
     oracle._workers = workers
