@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def environments(
@@ -20,7 +21,7 @@ def environments(
     ]
 
 
-def config(addresses: list[str], index: int) -> dict:
+def config(addresses: list[str], index: int) -> dict[str, Any]:
     """What `TF_CONFIG` says to one of the workers."""
     return {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
 
@@ -100,7 +101,7 @@ def without_proxy(addresses: Iterable[str]) -> dict[str, str]:
     return made
 
 
-def slurm_config() -> dict:
+def slurm_config() -> dict[str, Any]:
     """`TF_CONFIG` of this Slurm task, from TensorFlow's resolver, in a process of its own."""
     code = (
         "import json, os, tensorflow as tf\n"

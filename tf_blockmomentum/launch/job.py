@@ -43,7 +43,7 @@ class Job:
     ) -> None:
         self._command, self._environments, self._output = command, worker_environments, output
         self._preempt_signal = preempt_signal
-        self._processes: dict[int, subprocess.Popen] = {}
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._outputs: dict[int, WorkerOutput] = {}
         self._addresses: dict[int, str] = {}
         self._words: dict[int, progress.Word] = {}
@@ -241,7 +241,7 @@ class Job:
             failure.last_lines, failure.shown = output.last_lines(), output.shown
 
 
-def _has_ended_well(process: subprocess.Popen) -> bool:
+def _has_ended_well(process: subprocess.Popen[bytes]) -> bool:
     """Of one that has closed its output; or it was preempted and ended in order."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         return process.wait(timeout=1) in (0, PREEMPTED)

@@ -36,7 +36,7 @@ class _Pickler(cloudpickle.CloudPickler):
         self.dispatch_table = collections.ChainMap(own, cloudpickle.CloudPickler.dispatch_table)
         super().__init__(file)  # which looks at the table
 
-    def _reduce_code(self, code: types.CodeType) -> tuple:
+    def _reduce_code(self, code: types.CodeType) -> tuple[Any, ...]:
         name = code.co_filename
         if not os.path.exists(name):
             self.sources[name] = linecache.getlines(name)
