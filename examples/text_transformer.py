@@ -127,7 +127,7 @@ def texts(source, length, context):
     return cut[share], following[share]
 
 
-def transformer(length, layers, width):
+def transformer(length, layers, width, dropout=0.1):
     """Pre-norm decoder: logits of the byte that follows each of `length` bytes."""
     inputs = keras.Input([length], dtype="int32")
     positions = keras.ops.cumsum(keras.ops.ones_like(inputs), axis=1) - 1
@@ -135,13 +135,13 @@ def transformer(length, layers, width):
     x = keras.layers.Add()([x, keras.layers.Embedding(length, width)(positions)])
     for _ in range(layers):
         y = keras.layers.LayerNormalization()(x)
-        attention = keras.layers.MultiHeadAttention(width // 32, 32, dropout=0.1)
+        attention = keras.layers.MultiHeadAttention(width // 32, 32, dropout=dropout)
         y = attention(y, y, use_causal_mask=True)
-        x = keras.layers.Add()([x, keras.layers.Dropout(0.1)(y)])
+        x = keras.layers.Add()([x, keras.layers.Dropout(dropout)(y)])
         y = keras.layers.LayerNormalization()(x)
         y = keras.layers.Dense(4 * width, activation="gelu")(y)
         y = keras.layers.Dense(width)(y)
-        x = keras.layers.Add()([x, keras.layers.Dropout(0.1)(y)])
+        x = keras.layers.Add()([x, keras.layers.Dropout(dropout)(y)])
     return keras.Model(inputs, keras.layers.Dense(256)(keras.layers.LayerNormalization()(x)))
 
 
