@@ -14,6 +14,9 @@ TUNER = [
     "tensorboard",  # keras-tuner's trials all fail without it
     "matplotlib>=3.8",  # the heat map
 ]
+EVIDENCE = [
+    "mnist1d>=0.0.2",  # makes a task whose best accuracy is published, without a download
+]
 BENCH = [
     "tf_keras>=2.20",  # Keras 2, a contender
 ]
@@ -72,10 +75,11 @@ setup(
         "examples": EXAMPLES,
         "tuner": TUNER,
         "plot": PLOT,
+        "evidence": EXAMPLES + EVIDENCE,
         "bench": EXAMPLES + BENCH,
         "docs": DOCS,
         "dev": DEV,
-        "all": EXAMPLES + TUNER + DOCS + DEV,
+        "all": EXAMPLES + TUNER + EVIDENCE + DOCS + DEV,
     },
     entry_points={
         "console_scripts": [

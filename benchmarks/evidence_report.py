@@ -1,449 +1,260 @@
 """Tables and plots of the runs that evidence.py recorded."""
 
-import csv
 import math
-from collections import defaultdict
+import string
 from pathlib import Path
 
-import matplotlib
+import evidence_plots
+import evidence_sweep
 import numpy as np
+from evidence import QUICK_REPLICAS, SEEDS, STUDIES, TASK, options_cells, quick_cells
+from evidence_records import SEARCH, Records
 from scipy import stats
 
 from tf_blockmomentum.published import published_rules
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
-TARGETS = {"mlp": 0.1, "cnn": 0.2, "resnet": 1.6}  # training loss
-TITLES = {
-    "mlp": "Digits, MLP with one hidden layer of 64",
-    "cnn": "Digits, CNN",
-    "resnet": "Teacher's images, small ResNet with BatchNormalization",
-}
-BATCH = 16
+SYNCHRONOUS = {"images": "synchronous momentum SGD", "language": "synchronous AdamW"}
 
 
-class Run:
-    """A recorded run."""
+class Cell:
+    """A method with K and P: the search, and the runs of what it chose.
 
-    def __init__(self, row):
-        self.study, self.task, self.method = row["study"], row["task"], row["method"]
-        self.inner, self.inner_state = row["inner"], row["inner_state"]
-        self.replicas, self.k = int(row["replicas"]), int(row["sync_period"])
-        self.beta, self.rate = float(row["block_momentum"]), float(row["rate"])
-        self.shards, self.seed = row["shards"], int(row["seed"])
-        self.boundaries = int(row["boundaries"])
-        self.samples = np.array(row["samples"].split(), int)
-        self.losses = np.array(row["loss"].split(), float)
-        self.accuracies = np.array(row["accuracy"].split(), float)
+    Attributes:
+        choice: the setting without a seed.
+        tried: the mean validation loss of every (beta, rate) of the search.
+        runs: of the choice, one a seed.
+    """
 
-    @property
-    def setting(self):
-        return self.task, self.method, self.rate, self.k, self.beta
+    def __init__(self, choice, tried, runs):
+        self.choice, self.tried, self.runs = choice, tried, runs
+        self.method, self.k = choice["method"], choice["sync_period"]
+        self.replicas, self.beta = choice["replicas"], choice["block_momentum"]
+
+    def numbers(self, name):
+        """A result of each run; a run that diverged has an infinite loss and no accuracy."""
+        missing = 0.0 if name.endswith("accuracy") else math.inf
+        return np.array([float(run[name] or missing) for run in self.runs])
+
+    def minus(self, other):
+        """The paired differences of test losses, of the seeds that both have."""
+        n = min(len(self.runs), len(other.runs))  # seeds are run in order
+        return paired(self.numbers("test_loss")[:n], other.numbers("test_loss")[:n])
 
     @property
-    def loss(self):
-        return self.losses[-1]
+    def bracketed(self):
+        """Whether the best rate has a worse one on either side."""
+        rates = [rate for beta, rate in self.tried if beta == self.beta]
+        return min(rates) < self.choice["rate"] < max(rates)
 
     @property
-    def accuracy(self):
-        return self.accuracies[-1]
+    def curve(self):
+        """Samples, and the validation losses of each run there."""
+        curves = [np.array(run["curve"].split(), float) for run in self.runs]
+        if not self.runs:
+            return np.array([]), np.array([])
+        samples = np.array(self.runs[0]["samples"].split(), int)
+        return samples, np.array([c for c in curves if len(c) == len(samples)])
 
     @property
-    def diverged(self):
-        """Ended where it would have been without training, or worse."""
-        return not self.loss < math.log(10)
-
-    def samples_to(self, target):
-        """Samples until the training loss was `target`, None if it never was; straight lines in
-        log loss between evaluations."""
-        below = np.flatnonzero(self.losses <= target)
-        if not len(below):
-            return None
-        i = below[0]
-        if i == 0:
-            return float(self.samples[0])
-        a, b = np.log(self.losses[i - 1 : i + 1])
-        fraction = (a - math.log(target)) / (a - b)
-        return float(self.samples[i - 1] + fraction * (self.samples[i] - self.samples[i - 1]))
-
-    def loss_at(self, samples):
-        """The training loss after so many samples."""
-        with np.errstate(divide="ignore"):
-            return float(np.exp(np.interp(samples, self.samples, np.log(self.losses))))
+    def grid(self):
+        """What was tried, in words."""
+        parts = []
+        for beta in dict.fromkeys(beta for beta, _ in self.tried):
+            rates = sorted(rate for b, rate in self.tried if b == beta)
+            of_beta = f"{beta:g}: " if len({b for b, _ in self.tried}) > 1 else ""
+            parts.append(of_beta + f"{rates[0]:.2g} to {rates[-1]:.2g}")
+        open_end = "" if self.bracketed else ", not bracketed"
+        return "; ".join(parts) + f" ({len(self.tried)}{open_end})"
 
 
-def write(records, folder, quick):
-    """Writes `evidence.md` and its plots into `folder`, from a file of recorded runs."""
-    with Path(records).open(newline="") as file:
-        runs = [Run(row) for row in csv.DictReader(file)]
-    studies = defaultdict(list)
-    for run in runs:
-        studies[run.study].append(run)
-    command = "make evidence-quick" if quick else "make evidence"
-    source = (
-        "This page shows what block momentum gains, and where it does not help. It is written by "
-        f"`{command}` from the {len(runs)} runs in "
-        "[evidence_runs.csv](evidence_runs.csv); what follows is all theirs, also where it speaks "
-        "against the method. What we make of it is in [choose.md](choose.md)."
-    )
-    terms = (
-        "P replicas are logical CPU devices of one process, each with batches of "
-        f"{BATCH} examples. All methods see the same samples in the same order from the same "
-        "initial weights, for each seed. *Samples* are those of all replicas. Losses are those of "
-        "the whole training set under the anchor. "
-        "± is the half width of a 95 % interval over seeds (Student's t). *p* is from a paired t "
-        "test over seeds; the many tests are not corrected for their number."
-    )
-    parts = [
-        "# Evidence",
-        source,
-        terms,
-        *acceleration(studies["acceleration"], folder),
-        *scaling(studies["scaling"], folder),
-        *inner_state(studies["inner state"]),
-        *prices(
-            studies["overlap"],
-            studies["acceleration"],
-            "Overlap",
-            "`overlap=1.0`, whose outer step comes one block late",
-        ),
-        *prices(
-            studies["compression"],
-            studies["acceleration"],
-            "Compression",
-            'deltas that travel as float16 with error feedback (`compression="float16"`)',
-        ),
-        *limits(studies["divergence"], studies["acceleration"], studies["shards"], folder),
-    ]
-    (folder / "evidence.md").write_text("\n\n".join(parts) + "\n")
-
-
-def grouped(runs, key):
-    groups = defaultdict(list)
-    for run in runs:
-        groups[key(run)].append(run)
-    return {name: sorted(groups[name], key=lambda run: run.seed) for name in sorted(groups)}
-
-
-# -- 1 --------------------------------------------------------------------------------------------
-
-
-def acceleration(runs, folder):
-    """M-AVG against the rest, at equal samples."""
-    plot_acceleration(runs, folder / "evidence_acceleration.png")
-    yield "## Acceleration"
-    replicas, seeds = runs[0].replicas, len({run.seed for run in runs})
-    yield (
-        f"P={replicas}, {seeds} seeds. M-AVG's and EASGD's last three columns compare with K-AVG "
-        "of the same K and rate, seed by seed: how many times the samples to the target, and the "
-        "difference of test accuracies. *rate* is the inner learning rate; synchronous methods "
-        f"step with the mean gradient of {replicas * BATCH} examples."
-    )
-    yield "![Training loss over samples and over boundaries](evidence_acceleration.png)"
-    for task, of_task in grouped(runs, lambda run: run.task).items():
-        target = TARGETS[task]
-        by_setting = grouped(of_task, lambda run: run.setting)
-        rows, faster, compared = [], 0, 0
-        for setting, group in sorted(by_setting.items(), key=order_of_methods):
-            _, method, rate, k, beta = setting
-            row = [
-                method, f"{rate:g}", k, f"{beta:g}" if method == "M-AVG" else "",
-                samples_cell(group, target), mean_cell([r.loss for r in group]),
-                mean_cell([r.accuracy for r in group]), group[0].boundaries,
-            ]  # fmt: skip
-            baseline = by_setting.get((task, "K-AVG", rate, k, 0.0))
-            if method in ("M-AVG", "EASGD") and baseline:
-                ratio, p = paired_ratio(group, baseline, target)
-                row += [ratio, p, difference(group, baseline)]
-                if method == "M-AVG" and ratio:
-                    compared += 1
-                    faster += float(ratio.split()[0]) < 1 and p_value(p) < 0.05
-            rows.append(row)
-        titles = [
-            "method", "rate", "K", "beta", f"samples to loss {target:g}", "final training loss",
-            "test accuracy", "boundaries", "samples / K-AVG's", "p", "accuracy - K-AVG's",
-        ]  # fmt: skip
-        yield f"### {TITLES[task]}"
-        yield table(titles, rows)
-        yield (
-            f"M-AVG needed fewer samples than K-AVG of its K, at p < 0.05, in {faster} of the "
-            f"{compared} settings that can be compared."
-        )
-
-
-def order_of_methods(item):
-    (_, method, rate, k, beta), _ = item
-    methods = ["synchronous SGD", "synchronous momentum SGD", "EAMSGD", "EASGD", "K-AVG", "M-AVG"]
-    baseline = methods.index(method) < 3
-    return not baseline, methods.index(method) if baseline else (rate, k), rate, k, method, beta
-
-
-def plot_acceleration(runs, path):
-    tasks = list(grouped(runs, lambda run: run.task))
-    figure, axes = pyplot.subplots(
-        2, len(tasks), figsize=(5 * len(tasks), 7), squeeze=False, layout="constrained"
-    )
-    for column, task in zip(axes.T, tasks, strict=True):
-        by_setting = grouped([r for r in runs if r.task == task], lambda run: run.setting)
-        shown = []
-        for method in ("synchronous SGD", "synchronous momentum SGD"):
-            choices = [s for s in by_setting if s[1] == method]
-            shown.append(min(choices, key=lambda s: np.mean([r.loss for r in by_setting[s]])))
-        shown += [s for s in by_setting if s[3] == 8 and s[2] == min(t[2] for t in by_setting if
-                  t[1] == "K-AVG") and s[1] in ("K-AVG", "M-AVG", "EASGD")]  # fmt: skip
-        for setting in shown:
-            _, method, rate, k, beta = setting
-            group = by_setting[setting]
-            label = f"{method}, rate {rate:g}" if k == 1 else f"{method}, K={k}"
-            label += f", beta={beta:g}" if beta else ""
-            width = min(len(r.losses) for r in group)
-            logs = np.log(np.minimum([r.losses[:width] for r in group], 10))
-            mean, half = logs.mean(0), half_width(logs)
-            samples = group[0].samples[:width]
-            style = "--" if k == 1 else "-"
-            (line,) = column[0].plot(samples, np.exp(mean), style, label=label)
-            column[0].fill_between(
-                samples,
-                np.exp(mean - half),
-                np.exp(mean + half),
-                alpha=0.15,
-                color=line.get_color(),
-            )
-            steps = samples / (BATCH * group[0].replicas)
-            column[1].plot(steps / k, np.exp(mean), style, color=line.get_color())
-        for axis in column:
-            axis.set_yscale("log")
-            axis.axhline(TARGETS[task], color="grey", linewidth=0.6)
-        column[0].set_title(TITLES[task], fontsize=10)
-        column[0].set_xlabel("samples")
-        column[0].legend(fontsize=7)
-        column[1].set_xlabel("boundaries (all-reduces of the model)")
-        column[1].set_xscale("log")
-    axes[0, 0].set_ylabel("training loss (geometric mean, 95 %)")
-    axes[1, 0].set_ylabel("training loss")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-# -- 2 --------------------------------------------------------------------------------------------
-
-
-def scaling(runs, folder):
-    """How the best beta and K move with P and with the budget."""
-    by_replicas = grouped(runs, lambda run: run.replicas)
-    plot_scaling(by_replicas, folder / "evidence_scaling.png")
-    yield "## Scaling"
-    seeds = len({run.seed for run in runs})
-    yield (
-        f"The digits MLP, {seeds} seeds, the same samples in all for every P: more replicas have "
-        "fewer blocks of more samples each. The best pair of K and beta is that of the lowest "
-        "mean log training loss at the budget."
-    )
-    yield "![Final training loss over beta for each P and K](evidence_scaling.png)"
-    total = int(max(run.samples[-1] for run in runs))
-    budgets = [total // 4, total // 2, total]
-    rows = []
-    for replicas, group in by_replicas.items():
-        cells = []
-        for budget in budgets:
-            pairs = grouped(group, lambda run: (run.k, run.beta))
-            means = {pair: geometric(r.loss_at(budget) for r in pairs[pair]) for pair in pairs}
-            k, beta = min(means, key=means.get)
-            cells.append(f"K={k}, beta={beta:g}: {means[k, beta]:.3g}")
-        rules = [f"{beta:.2g}" for beta in published_rules(replicas).values()]
-        rows.append([replicas, *cells, *rules])
-    titles = ["P", *(f"best at {b:,} samples: loss" for b in budgets), "1 - 1/P", "SlowMo's table"]
-    yield table(titles, rows)
-    yield (
-        "(SlowMo's table has 4, 8 and 16 workers; for others the nearest is shown.) The best beta "
-        "for each K alone, at the whole budget:"
-    )
-    rows = []
-    for replicas, group in by_replicas.items():
-        row = [replicas]
-        for _, of_k in grouped(group, lambda run: run.k).items():
-            means = {
-                beta: geometric(r.loss for r in of_beta)
-                for beta, of_beta in grouped(of_k, lambda run: run.beta).items()
-            }
-            best = min(means, key=means.get)
-            row += [f"{best:g}", f"{means[best]:.3g}", f"{means[0.0]:.3g}"]
-        rows.append(row)
-    titles = ["P"]
-    for k in sorted({run.k for run in runs}):
-        titles += [f"best beta, K={k}", "loss", "K-AVG's loss"]
-    yield table(titles, rows)
-
-
-def plot_scaling(by_replicas, path):
-    periods = sorted({run.k for group in by_replicas.values() for run in group})
-    figure, axes = pyplot.subplots(
-        1, len(periods), figsize=(5 * len(periods), 4), squeeze=False, layout="constrained"
-    )
-    for axis, k in zip(axes[0], periods, strict=True):
-        for replicas, group in by_replicas.items():
-            by_beta = grouped([r for r in group if r.k == k], lambda run: run.beta)
-            losses = [geometric(r.loss for r in of_beta) for of_beta in by_beta.values()]
-            axis.plot(list(by_beta), np.minimum(losses, 10), marker="o", label=f"P={replicas}")
-        axis.set_yscale("log")
-        axis.set_xlabel("beta")
-        axis.set_title(f"K={k}")
-        axis.legend(fontsize=8)
-    axes[0, 0].set_ylabel("final training loss (geometric mean)")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-# -- 3 --------------------------------------------------------------------------------------------
-
-
-def inner_state(runs):
-    """What to do with the inner optimizer's momenta at a boundary."""
-    yield "## The inner optimizer's state at a boundary"
-    yield (
-        f"The digits MLP, P={runs[0].replicas}, K={runs[0].k}, {len({r.seed for r in runs})} "
-        "seeds: final training loss (and test accuracy). *average* communicates the momenta too."
-    )
-    states = ("keep", "reset", "average")
-    rows = []
-    for (inner, rate, beta), group in grouped(runs, lambda r: (r.inner, r.rate, r.beta)).items():
-        by_state = grouped(group, lambda run: run.inner_state)
-        cells = [
-            f"{mean_cell([r.loss for r in by_state[s]])} "
-            f"({np.mean([r.accuracy for r in by_state[s]]):.3f})"
-            for s in states
+def write(records, folder, quick=False):
+    """Writes `evidence.md` and its plots into `folder`, from a folder of recorded runs."""
+    found = {name: Records(Path(records) / f"{name}.csv") for name in STUDIES}
+    studies = {
+        name: [
+            cell
+            for replicas in ((QUICK_REPLICAS,) if quick else TASK[name])
+            for cell in cells_of(name, replicas, found[name], quick)
         ]
-        rows.append([f"{inner}, rate {rate:g}", f"{beta:g}", *cells])
-    yield table(["inner optimizer", "beta", *states], rows)
+        for name in TASK
+    }
+    swept = sweep(found["momentum"], quick)
+    parts = {
+        "command": "make evidence-quick" if quick else "make evidence",
+        "runs": f"{sum(len(own.rows) for own in found.values()):,}",
+        "momentum": momentum(swept, folder),
+        "options": options(found["options"], quick),
+        **{name: study(name, cells, folder) for name, cells in studies.items()},
+    }
+    text = (Path(__file__).parent / "evidence_template.md").read_text()
+    (folder / "evidence.md").write_text(string.Template(text).substitute(parts))
 
 
-def prices(runs, accelerating, title, text):
-    """The price of a setting of M-AVG: beside the same runs without it."""
-    yield f"## {title}"
-    yield (
-        f"P={runs[0].replicas}, {len({r.seed for r in runs})} seeds: final training loss and test "
-        f"accuracy with {text}, beside the same settings without. Evaluated at the end only, "
-        "since that lands what is in flight. *s* is the standard deviation over seeds of the log "
-        "loss without, *change* the mean difference of log losses in units of it."
-    )
-    without = grouped(accelerating, lambda run: run.setting)
-    rows = []
-    for (task, _, rate, k, beta), group in grouped(runs, lambda run: run.setting).items():
-        method = "M-AVG" if beta else "K-AVG"
-        same = [r for r in without[task, method, rate, k, beta] if r.seed < len(group)]
-        logs = [np.log(a.loss) - np.log(b.loss) for a, b in zip(group, same, strict=True)]
-        p = stats.ttest_1samp(logs, 0).pvalue if len(logs) > 1 else math.nan
-        s = np.std([np.log(r.loss) for r in same], ddof=1)
-        rows.append([
-            task, k, f"{beta:g}",
-            mean_cell([r.loss for r in group]), mean_cell([r.loss for r in same]),
-            f"{np.mean(logs) / s:+.2f} s", f"{p:.3f}",
-            mean_cell([r.accuracy for r in group]), difference(group, same),
-        ])  # fmt: skip
-    titles = ["task", "K", "beta", "loss", "loss without", "change", "p", "accuracy",
-              "difference"]  # fmt: skip
-    yield table(titles, rows)
+def cells_of(name, replicas, records, quick):
+    """The cells of a study whose search has come to three rates at least."""
+    for method, period, _, _ in quick_cells(name) if quick else TASK[name][replicas]:
+        own = {"method": method, "replicas": str(replicas), "sync_period": str(period)}
+        rows = [row for row in records.rows if own.items() <= row.items()]
+        tried = {
+            (float(row["block_momentum"]), float(row["rate"])): float(row["validation_loss"])
+            for row in rows
+            if int(row["seed"]) >= SEARCH
+        }
+        if len(tried) > 2:
+            beta, rate = min(tried, key=lambda pair: tried[pair])
+            choice = {"sync_period": period, "block_momentum": beta, "rate": rate}
+            chosen = [
+                row
+                for row in sorted(rows, key=lambda row: int(row["seed"]))
+                if int(row["seed"]) < SEARCH
+                and (float(row["block_momentum"]), float(row["rate"])) == (beta, rate)
+            ]
+            yield Cell({**own, **choice, "replicas": replicas}, tried, chosen)
 
 
-# -- 4 --------------------------------------------------------------------------------------------
+# -- tuned rivals ---------------------------------------------------------------------------------
 
 
-def limits(diverging, accelerating, shards, folder):
-    """Where it does not help."""
-    plot_limits(diverging, accelerating, folder / "evidence_limits.png")
-    yield "## Where it does not help"
-    yield "![Divergence, and few blocks](evidence_limits.png)"
-    rows = []
-    for (rate, k), group in grouped(diverging, lambda run: (run.rate, run.k)).items():
-        row = [f"{rate:g}", k]
-        for of_beta in grouped(group, lambda run: run.beta).values():
-            bad = sum(run.diverged for run in of_beta)
-            loss = geometric(min(run.loss, 1e3) for run in of_beta)
-            row.append(f"{bad} of {len(of_beta)} diverged" if bad else f"{loss:.2g}")
-        rows.append(row)
-    betas = sorted({run.beta for run in diverging})
-    yield "### K, beta or the learning rate too large"
-    yield (
-        "The digits MLP: final training loss, or how many seeds ended at a loss of ln 10, that of "
-        "guessing, or above (a run that is not finite stops with an error)."
-    )
-    yield table(["rate", "K", *(f"beta={beta:g}" for beta in betas)], rows)
+def study(name, cells, folder):
+    """A task's methods, each at the rate and beta that its search chose."""
+    evidence_plots.study(name, cells, folder / f"evidence_{name}.png")
+    parts = []
+    for replicas in dict.fromkeys(cell.replicas for cell in cells):
+        own = [cell for cell in cells if cell.replicas == replicas]
+        parts.append(f"P={replicas}:\n\n{rivals(name, own)}")
+    return "\n\n".join(parts)
 
-    yield "### Few blocks"
-    yield (
-        "On the right of the plot: the training loss of M-AVG (beta=0.7) over that of K-AVG after "
-        "so many boundaries, all tasks. Below 1 the momentum has paid."
-    )
 
-    yield "### Every replica sees other classes"
-    alike = [
-        run for run in accelerating
-        if run.task == "mlp" and run.method in ("K-AVG", "M-AVG", "synchronous SGD")
-        and run.rate == shards[0].rate and run.seed in {r.seed for r in shards}
+def rivals(name, cells):
+    unit = "bits per byte" if name == "language" else "test loss"
+    titles = [
+        "method", "K", "boundaries", "beta", "rate", unit, "minus K-AVG's of that K (p)",
+        "minus the synchronous one's (p)",
+        *(["test accuracy", "training loss"] if name == "images" else []),
+        "best of the search", "searched: rates by beta (runs)",
     ]  # fmt: skip
     rows = []
-    found = grouped(shards, lambda run: (run.k, run.beta))
-    for k, beta in found:
-        group = found[k, beta]
-        same = [run for run in alike if (run.k, run.beta) == (k, beta)]
+    for cell in sorted(cells, key=lambda cell: (cell.k, cell.method.replace("K-AVG", "A"))):
+        row = [
+            cell.method, cell.k if cell.k > 1 else "",
+            cell.runs[0]["boundaries"] if cell.runs else "",
+            f"{cell.beta:g}" if cell.beta else "", f"{cell.choice['rate']:.3g}",
+            mean_cell(cell.numbers("test_loss")),
+        ]  # fmt: skip
+        plain = [c for c in cells if c.method == "K-AVG" and c.k == cell.k]
+        at_once = [c for c in cells if c.method == SYNCHRONOUS[name]]
+        for others in (plain, at_once):
+            row.append(cell.minus(others[0]) if others and others[0] is not cell else "")
+        if name == "images":
+            row.append(mean_cell(cell.numbers("test_accuracy")))
+            row.append(mean_cell(cell.numbers("training_loss")))
+        rows.append([*row, f"{min(cell.tried.values()):.4f}", cell.grid])
+    return table(titles, rows)
+
+
+# -- how long blocks and how much momentum --------------------------------------------------------
+
+
+def sweep(records, quick):
+    """{(P, K, beta): (the rate that was chosen, test losses)} of what is recorded."""
+    found = {}
+    for replicas in evidence_sweep.REPLICAS:
+        for cell in (c for of_k in evidence_sweep.cells(replicas, quick) for c in of_k):
+            own = evidence_sweep.outcome(cell, records, quick)
+            if own is not None:
+                found[replicas, cell["sync_period"], cell["block_momentum"]] = own
+    return found
+
+
+def momentum(swept, folder):
+    """The best beta for P by K."""
+    evidence_plots.momentum(swept, folder / "evidence_momentum.png")
+    rows = []
+    for replicas, k in dict.fromkeys((p, k) for p, k, _ in sorted(swept)):
+        of = {beta: swept[p, kk, beta] for p, kk, beta in swept if (p, kk) == (replicas, k)}
+        best = best_beta(of)
+        rates = {beta: f"{of[beta][0]:.3g}" for beta in of}
         rows.append([
-            k, f"{beta:g}", mean_cell([r.loss for r in group]),
-            mean_cell([r.accuracy for r in group]),
-            mean_cell([r.loss for r in same]) if same else "",
-            mean_cell([r.accuracy for r in same]) if same else "",
+            replicas, k, f"{best:g}", good_betas(of),
+            f"{mean_cell(of[0.0][1])} ({rates[0.0]})", f"{mean_cell(of[0.5][1])} ({rates[0.5]})",
+            f"{mean_cell(of[best][1])} ({rates[best]})",
+            paired(of[0.5][1], of[0.0][1]),
+            *(f"{beta:.2g}" for beta in published_rules(replicas).values()),
         ])  # fmt: skip
-    yield (
-        "The digits MLP, the training set sorted by class and cut into P shards, against the same "
-        "settings with shuffled data. K=1, beta=0 is synchronous SGD."
-    )
-    titles = ["K", "beta", "by class: training loss", "test accuracy", "shuffled: training loss",
-              "test accuracy"]  # fmt: skip
-    yield table(titles, rows)
+    return table(
+        ["P", "K", "best beta", "as good", "loss, beta=0 (rate)", "beta=0.5 (rate)", "best (rate)",
+         "beta=0.5 minus beta=0 (p)", "1 - 1/P", "SlowMo's table"],
+        rows,
+    )  # fmt: skip
 
 
-def plot_limits(diverging, accelerating, path):
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for (rate, k), group in grouped(diverging, lambda run: (run.rate, run.k)).items():
-        by_beta = grouped([r for r in group if r.beta], lambda run: run.beta)
-        x = [rate * k * beta / (1 - beta) for beta in by_beta]
-        losses = [geometric(min(r.loss, 10) for r in of_beta) for of_beta in by_beta.values()]
-        marker = "o" if k == 8 else "s"
-        left.plot(x, losses, marker=marker, linewidth=0.8, label=f"rate {rate:g}, K={k}")
-    left.axhline(math.log(10), color="grey", linestyle="--", linewidth=0.8)
-    left.set_xlabel("rate · K · beta / (1 - beta)")
-    left.set_ylabel("final training loss (10 or more: at 10)")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    left.legend(fontsize=7)
-    for (task, k), group in grouped(accelerating, lambda run: (run.task, run.k)).items():
-        ours = [r for r in group if r.method == "M-AVG" and r.beta == 0.7]
-        plain = [r for r in group if r.method == "K-AVG" and ours and r.rate == ours[0].rate]
-        if not plain:
-            continue
-        samples = ours[0].samples
-        ratios = [
-            geometric(r.loss_at(n) for r in ours) / geometric(r.loss_at(n) for r in plain)
-            for n in samples
-        ]
-        blocks = samples / (BATCH * ours[0].replicas * k)
-        right.plot(blocks, ratios, marker=".", linewidth=0.8, label=f"{task}, K={k}")
-    right.axhline(1, color="grey", linestyle="--", linewidth=0.8)
-    right.set_xlabel("boundaries so far")
-    right.set_ylabel("training loss: M-AVG, beta=0.7, over K-AVG")
-    right.set_xscale("log")
-    right.set_yscale("log")
-    right.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+def best_beta(of):
+    """That of the lowest mean loss."""
+    return min(of, key=lambda beta: np.mean(of[beta][1]))
 
 
-# -- numbers --------------------------------------------------------------------------------
+def good_betas(of):
+    """The range of beta around the best whose mean loss is within its noise or 2 % of it."""
+    best = best_beta(of)
+    mean, half = np.mean(of[best][1]), half_width(of[best][1])
+    good = [b for b in sorted(of) if np.mean(of[b][1]) <= mean + max(half, 0.02 * mean)]
+    return f"{good[0]:g} to {good[-1]:g}" if len(good) > 1 else ""
 
 
-def geometric(values):
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.mean(np.log(list(values)))))
+# -- what options cost ----------------------------------------------------------------------------
+
+
+def option_losses(records, quick):
+    """{(option, K, beta): test losses} of what is recorded."""
+    losses = {}
+    for cell in options_cells(quick):
+        runs = [records.get({**cell, "seed": seed}) for seed in SEEDS]
+        if None not in runs:
+            place = cell["option"], cell["sync_period"], cell["block_momentum"]
+            losses[place] = np.array([float(run["test_loss"] or math.inf) for run in runs])
+    return losses
+
+
+INNER_STATE = "With momentum 0.9 (rate 0.1) or Adam (0.003) inside, K=8, by `inner_state`:"
+
+
+def options(records, quick):
+    """Overlap, codes and unlike shards, and, where it is recorded, the inner optimizer's state."""
+    titles, rows = inner_state(records, quick)
+    more = f"\n\n{INNER_STATE}\n\n{table(titles, rows)}" if rows else ""
+    return table(*without_options(records, quick)) + more
+
+
+def without_options(records, quick):
+    """Each option's loss, and its difference to that of the same setting without it."""
+    losses = option_losses(records, quick)
+    losses = {place: own for place, own in losses.items() if "inside" not in place[0]}
+    places = sorted({(k, beta) for _, k, beta in losses})
+    rows = []
+    for option in dict.fromkeys(option for option, _, _ in losses):
+        without = "by class" if option.startswith("by class, ") else ""
+        row = [option or "none"]
+        for k, beta in places:
+            ours, theirs = losses.get((option, k, beta)), losses.get((without, k, beta))
+            cell = "" if ours is None else mean_cell(ours)
+            if ours is not None and theirs is not None and option:
+                cell += f"; {paired(ours, theirs)}"
+            row.append(cell)
+        rows.append(row)
+    return ["option", *(f"K={k}, beta={beta:g}" for k, beta in places)], rows
+
+
+def inner_state(records, quick):
+    """The loss by what becomes of the inner optimizer's state."""
+    losses, states = option_losses(records, quick), ("keep", "reset", "average")
+    rows = []
+    for inner, beta in sorted({(o.split()[0], beta) for o, _, beta in losses if "inside" in o}):
+        found = [losses.get((f"{inner} inside, {state}", 8, beta)) for state in states]
+        rows.append([inner, f"{beta:g}", *("" if f is None else mean_cell(f) for f in found)])
+    return ["inner optimizer", "beta", *states], rows
+
+
+# -- numbers --------------------------------------------------------------------------------------
 
 
 def half_width(values):
@@ -456,37 +267,21 @@ def half_width(values):
 
 
 def mean_cell(values):
+    if len(values) < 2:
+        return "".join(f"{value:.3f} (one seed)" for value in values)
     if not np.all(np.isfinite(values)):
-        return "diverged"
-    return f"{np.mean(values):.4f} ± {half_width(values):.4f}"
+        return f"{np.sum(~np.isfinite(values))} of {len(values)} diverged"
+    digits = 4 if np.mean(values) < 0.2 else 3
+    return f"{np.mean(values):.{digits}f} ± {half_width(values):.{digits}f}"
 
 
-def samples_cell(group, target):
-    reached = [n for n in (run.samples_to(target) for run in group) if n is not None]
-    if len(reached) < len(group):
-        return f"{len(reached)} of {len(group)} seeds"
-    return f"{np.mean(reached):,.0f} ± {half_width(reached):,.0f}"
-
-
-def paired_ratio(group, baseline, target):
-    """How many times the samples that the baseline needed, and a p; "" if a seed needed more
-    than there were."""
-    ours = [run.samples_to(target) for run in group]
-    theirs = [run.samples_to(target) for run in baseline]
-    if None in ours or None in theirs:
-        return "", ""
-    logs = np.log(ours) - np.log(theirs)
-    p = stats.ttest_1samp(logs, 0).pvalue
-    return f"{math.exp(logs.mean()):.2f}", "<.001" if p < 0.001 else f"{p:.3f}"
-
-
-def p_value(text):
-    return float(text.lstrip("<"))
-
-
-def difference(group, baseline):
-    gains = [a.accuracy - b.accuracy for a, b in zip(group, baseline, strict=True)]
-    return f"{np.mean(gains):+.4f} ± {half_width(gains):.4f}"
+def paired(ours, theirs):
+    """The mean difference and the p of a paired t test over seeds."""
+    differences = np.asarray(ours) - np.asarray(theirs)
+    if len(differences) < 2 or not np.all(np.isfinite(differences)):
+        return ""
+    p = stats.ttest_1samp(differences, 0).pvalue
+    return f"{np.mean(differences):+.4f} ({'<.001' if p < 0.001 else f'{p:.3f}'})"
 
 
 def table(titles, rows):

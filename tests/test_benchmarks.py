@@ -1,6 +1,7 @@
 """The benchmarks: what they compare with is right, and they run."""
 
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import reference
+import tensorflow as tf
 from helpers import replica_values
 from test_oracles import close, data, start
 
@@ -53,70 +55,128 @@ def test_elastic_averaging(strategy_of, monkeypatch):
         close([replica_values(w)[j] for w in model.trainable_variables], local[j])
 
 
-def test_evidence(tmp_path, strategy_of, monkeypatch):
-    """One setting of a study with and without block momentum, from the same weights, and the
-    docs' tables from the docs' recorded runs."""
+def test_the_sweep_is_the_library(strategy_of, monkeypatch):
+    """What the sweep over P, K and beta computes side by side are the anchors of BlockMomentum,
+    under a falling rate and with a last block that is cut short."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import evidence
-    import evidence_report
+    import evidence_sweep
+    import evidence_training
+    from evidence_tasks import perceptron, schedule
 
-    losses = {}
-    for setting in evidence.settings(quick=True):
-        if (setting["study"], setting["sync_period"]) == ("acceleration", 8):
-            beta = setting["block_momentum"]
-            if setting["method"] in ("K-AVG", "M-AVG"):
-                row = evidence.Trainer(strategy_of(4), setting).run(setting, 0, quick=True)
-                assert list(row) == list(evidence.FIELDS)
-                assert row["boundaries"] == 10
-                assert row["samples"] == "2048 4096 5120"
-                losses[beta] = [float(loss) for loss in row["loss"].split()]
-    assert losses[0.7][-1] < losses[0.0][-1] < losses[0.0][0]
+    rng, steps, period, rate, beta = np.random.default_rng(0), 8, 3, 0.2, 0.7
+    x = rng.normal(size=[steps, 2, 4, 40]).astype("float32")
+    y = rng.integers(0, 10, size=[steps, 2, 4]).astype("int32")
+    start = evidence_sweep.initial_weights(7)
+    both = [np.stack([w, w]) for w in start]  # beside a run of another rate and beta
+    batches = [(np.stack([a, a]), np.stack([b, b])) for a, b in zip(x, y, strict=True)]
+    rates = np.outer(schedule(steps), [0.5, rate])
+    anchors = evidence_sweep.train(both, batches, rates, [0.0, beta], period)
+
+    strategy = strategy_of(2)
+    with strategy.scope():
+        model = perceptron(evidence_sweep.WIDTHS)
+        peak = keras.Variable(rate, trainable=False)
+        inner = keras.optimizers.SGD(evidence_training.falling(peak, schedule(steps)))
+        model.compile(
+            tfbm.BlockMomentum(inner, period, beta),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+    model.set_weights(start)
+    dataset = tf.data.Dataset.from_tensor_slices((x.reshape(-1, 40), y.ravel())).batch(8)
+    model.fit(dataset, verbose=0, callbacks=[tfbm.BlockTraining()])
+    close([v.numpy() for v in model.optimizer.anchors], [w[1] for w in anchors])
+
+    own = [w[1:] for w in anchors]
+    (loss, accuracy), logits = evidence_sweep.losses(own, x[0, 0], y[0, 0])[0], model(x[0, 0])
+    assert loss == pytest.approx(float(model.loss(y[0, 0], logits)), rel=1e-5)
+    assert accuracy == np.mean(np.argmax(logits, -1) == y[0, 0])
+
+
+def test_a_search_brackets_the_best_rate(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from evidence_records import best_rate
+
+    asked = []
+
+    def score(rate):
+        asked.append(rate)
+        return math.inf if rate > 2 else abs(math.log2(rate / 1.6))
+
+    best, scores = best_rate(score, 0.1)
+    assert best == pytest.approx(1.6)
+    assert sorted(scores) == sorted(asked) == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2])
+    assert best_rate(score, 0.1, most=4)[1] == pytest.approx(
+        {rate: score(rate) for rate in (0.05, 0.1, 0.2, 0.4)}
+    )
+
+
+def test_evidence(tmp_path, strategy_of, monkeypatch):
+    """A method with and without block momentum, from the same weights on the same batches, and
+    the docs' tables from the docs' recorded runs."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import evidence_records
+    import evidence_report
+    import evidence_training
+
+    monkeypatch.setattr(evidence_training, "strategy_of", strategy_of)
+    trainers = evidence_training.Trainers(quick=True)
+    setting = {"task": "digits", "replicas": 2, "sync_period": 8, "rate": 0.4, "option": ""}
+    rows = [
+        trainers.run({**setting, "method": method, "block_momentum": beta, "seed": seed})
+        for method, beta, seed in (("K-AVG", 0.0, 0), ("M-AVG", 0.7, 0), ("M-AVG", 0.7, 100))
+    ]
+    losses = [float(row["validation_loss"]) for row in rows]
+    assert losses[1] < losses[0] < 2.2
+    assert [row["boundaries"] for row in rows] == [10, 10, 10]
+    assert [row["samples"] for row in rows] == ["2560"] * 3
+    assert float(rows[0]["test_loss"]) == losses[0]  # of digits they are the same examples
+    assert "test_loss" not in rows[2]  # a search does not see them
+
+    records = evidence_records.Records(tmp_path / "x" / "runs.csv")
+    records.add(rows)
+    again = evidence_records.Records(records.path)
+    found = again.get({**setting, "method": "M-AVG", "block_momentum": 0.7, "seed": 0})
+    assert float(found["validation_loss"]) == losses[1]
+    assert again.get({**setting, "method": "M-AVG", "block_momentum": 0.7, "seed": 1}) is None
 
     docs = BENCHMARKS.parent / "docs"
-    evidence_report.write(docs / "evidence_runs.csv", tmp_path, quick=False)
+    evidence_report.write(docs / "evidence_runs", tmp_path)
     assert (tmp_path / "evidence.md").read_text() == (docs / "evidence.md").read_text()
     pictures = sorted(tmp_path.glob("*.png"))
     assert [p.name for p in pictures] == sorted(p.name for p in docs.glob("evidence_*.png"))
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
-@pytest.mark.slow  # three minutes: a fifth of the gate's time
+@pytest.mark.slow  # most of a minute, on one core
 @pytest.mark.timeout(450)
-def test_evidence_in_small(tmp_path, monkeypatch):
-    """Every study is run and reported, from recorded runs."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import evidence
-
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "evidence.py", "--quick", "--jobs", "1"],
-        cwd=tmp_path, check=True, timeout=430, capture_output=True,
-    )  # fmt: skip
+def test_evidence_in_small(tmp_path):
+    """Every study is run, goes on where it was stopped, and is reported from its records."""
+    command = [sys.executable, BENCHMARKS / "evidence.py", "--quick"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=400, capture_output=True)
     folder = tmp_path / "runs" / "evidence-quick"
-    with (folder / "evidence_runs.csv").open(newline="") as file:
-        runs = list(csv.DictReader(file))
-    wanted = [(s, seed) for s in evidence.settings(quick=True) for seed in s["seeds"]]
-    assert len(runs) == len(wanted)
-    losses = [[float(loss) for loss in run["loss"].split()] for run in runs]
-    assert all(own[0] > own[-1] for own in losses if len(own) > 1)
-    # Of the same seed, block momentum has the lower loss.
-    by_beta = {
-        beta: [
-            own[-1]
-            for own, run in zip(losses, runs, strict=True)
-            if (run["study"], run["method"], run["sync_period"]) == ("acceleration", method, "8")
-        ]
-        for beta, method in ((0.0, "K-AVG"), (0.7, "M-AVG"))
-    }
-    assert all(b < a for a, b in zip(by_beta[0.0], by_beta[0.7], strict=True))
+    records = folder / "evidence_runs"
+    studies = {path.stem: path.read_text() for path in records.iterdir()}
+    assert sorted(studies) == ["images", "language", "momentum", "options"]
     text = (folder / "evidence.md").read_text()
-    for title in ("Acceleration", "Scaling", "inner optimizer's state", "Overlap", "not help"):
-        assert f"{title}\n" in text or title in text
-    mean = np.mean(by_beta[0.7])
-    assert "| M-AVG | 0.2 | 8 | 0.7 | " in text
-    assert f"{mean:.4f} ± " in text
-    for picture in folder.glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    assert len(list(folder.glob("*.png"))) == 3
+    for method in ("SlowMo", "synchronous AdamW", "DiLoCo", "int4"):
+        assert f"\n| {method} | " in text
+    for picture in ("images", "language", "momentum"):
+        assert (folder / f"evidence_{picture}.png").read_bytes().startswith(b"\x89PNG")
+    with (records / "images.csv").open(newline="") as file:
+        runs = [run for run in csv.DictReader(file) if run["test_loss"]]
+    losses = [float(run["test_loss"]) for run in runs if run["method"] == "SlowMo"]
+    assert len(losses) == 2  # its two seeds
+    assert f"{np.mean(losses):.3f} ± " in text
+
+    # Cut off in the middle of a study, it runs what is missing and nothing else.
+    lines = studies["momentum"].splitlines(keepends=True)
+    (records / "momentum.csv").write_text("".join(lines[: len(lines) // 2]))
+    command += ["--study", "momentum"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    again = (records / "momentum.csv").read_text().splitlines(keepends=True)
+    assert again[: len(lines) // 2] == lines[: len(lines) // 2]
+    assert len(again) == len(lines)
+    assert (folder / "evidence.md").read_text() == text
 
 
 def test_the_cost_model_is_found_again(tmp_path, monkeypatch):
