@@ -65,7 +65,10 @@ def trained_with(strategy, where, replica=None):
     return model.get_weights()
 
 
-@pytest.mark.parametrize("where", ["apply", "apply_gradients", "update_step"])
+@pytest.mark.parametrize(
+    "where",
+    ["apply", "apply_gradients", pytest.param("update_step", marks=pytest.mark.slow)],
+)
 def test_an_optimizer_of_ones_own(pair, where):
     alone = [trained_with(None, where, replica) for replica in (0, 1)]
     for got in pair.run(trained_with, where):
@@ -154,7 +157,7 @@ def gan(strategy, periods=(2, 2), beta=0.5, replica=None, eagerly=False):
     return model.get_weights(), [int(o.iterations) for o in optimizers]
 
 
-@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("eagerly", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_wrapped_optimizers(pair, eagerly):
     """One block of four steps at beta=0: the mean of what each device would have trained."""
     alone = [gan(None, replica=replica)[0] for replica in (0, 1)]

@@ -103,7 +103,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize(
     ("options", "process", "fits"),
     [
-        (
+        pytest.param(
             ["--workers", 2],
             {"compression": "float16"},
             {
@@ -131,6 +131,7 @@ def undisturbed(tmp_path_factory):
                     "stop": 4,
                 },
             },
+            marks=pytest.mark.slow,  # over a minute; test_going_on has the like
         ),
         (
             [],
@@ -222,6 +223,7 @@ def test_hangs_end(tmp_path, undisturbed):
     assert "worker 0 is stopped (SIGSTOP)" in printed or "it is stopped (SIGSTOP)" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_one_that_never_comes(tmp_path):
     began = time.monotonic()

@@ -24,7 +24,10 @@ print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-@pytest.mark.parametrize("given", [{}, {"MALLOC_MMAP_THRESHOLD_": "1000000"}])
+@pytest.mark.parametrize(
+    "given",
+    [{}, pytest.param({"MALLOC_MMAP_THRESHOLD_": "1000000"}, marks=pytest.mark.slow)],
+)
 def test_memory_that_is_freed_is_kept(given):
     """Under a strategy the same buffer costs pages once; with the user's own setting, each time
     as without us."""

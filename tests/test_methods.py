@@ -171,7 +171,13 @@ METHODS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", METHODS)
+_SLOW = ("BMUF-NBM", "MuLoCo", "FedAdam")  # whose like is DiLoCo
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in _SLOW)) for name in METHODS],
+)
 def test_a_published_recursion(strategy_of, name):
     replicas, inner, outer, make = METHODS[name]
     batches, dataset = data(STEPS - 2, replicas)  # the last block is cut short

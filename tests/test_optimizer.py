@@ -39,7 +39,7 @@ def compiled(strategy, inner, **settings):
 
 
 # Each compiles for ten seconds; what is peculiar about an optimizer is in these.
-QUICK = ("adamw_clipnorm", "nadam", "ema")
+QUICK = ("adamw_clipnorm", "ema")
 
 
 @pytest.mark.parametrize(
