@@ -47,7 +47,7 @@ def machine():
     return {
         "processor": model[1] if model else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
         **versions,
         "commit": commit.stdout.strip() or "unknown",
@@ -60,22 +60,27 @@ def newest():
 
 
 def pages(record, docs):
-    """Writes `speed_tables.md` and its pictures into a folder, and the summary's table into the
-    `speed.md` that is there."""
+    """Writes `speed_record/index.md` and its pictures into a folder, and the summary's table into
+    the `speed.md` that is there."""
     about = json.loads((record / "about.json").read_text())
     machine = about["machine"]
     rows = speed_report.read(record)
+    folder = docs / "speed_record"
+    folder.mkdir(exist_ok=True)
     head = (
-        f"# Speed: tables\n\nThis page has every figure of the newest record ({about['date']}, "
-        f"`benchmarks/records`): {machine['cores']} cores of {machine['processor']}, TensorFlow "
-        f"{machine['tensorflow']}, Keras {machine['keras']}, plain SGD inside; "
-        "[speed.md](speed.md) says what we make of it. *Boundary / all_reduce*: what a block "
+        "# Speed: the newest record\n\nThis page has every figure of the newest record "
+        f"({about['date']}, `benchmarks/records`): {machine['cores']} cores of "
+        f"{machine['processor']}, TensorFlow {machine['tensorflow']}, Keras "
+        f"{machine['keras']}, plain SGD inside; "
+        "[speed.md](../speed.md) says what we make of it. *Boundary / all_reduce*: what a block "
         "takes longer than its steps, over one all-reduce of a tensor of as many bytes.\n\n"
         "```sh\n" + "".join(f"{command}\n" for command in about["commands"]) + "```\n\n"
     )
-    text = speed_report.text_of(rows, docs)
-    pictures = "".join(f"![{p}]({p})\n\n" for p in PICTURES if (docs / p).exists())
-    (docs / "speed_tables.md").write_text(head + pictures + "\n\n".join(text) + "\n")
+    if about.get("note"):
+        head += about["note"] + "\n\n"
+    text = speed_report.text_of(rows, folder)
+    pictures = "".join(f"![{p}]({p})\n\n" for p in PICTURES if (folder / p).exists())
+    (folder / "index.md").write_text(head + pictures + "\n\n".join(text) + "\n")
     page = docs / "speed.md"
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -150,9 +150,9 @@ def work_blocks(options):
             model, blocks, strategy.compression, timed, data = models[form]
             if blocks:
                 model.optimizer.sync_period = k
-            if model.steps_per_execution != each:
-                model.steps_per_execution = each
-                model.train_function = None  # which plain Keras would go on with
+            model.steps_per_execution = each
+            if form == PLAIN:
+                model.train_function = None  # which it would go on with, whatever that says
             executions = 24 if each == 1 else 4 if options.slow else max(5, 64 // each)
             if n == 0:
                 executions = 2
