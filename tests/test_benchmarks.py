@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,16 @@ def test_the_cost_model_is_found_again(tmp_path, monkeypatch):
     assert errors.startswith("| mlp | 2 | 50 ms | 0.80 of its rate | 0% (at most 0%) | ")
     assert errors.endswith(" | 0% (at most 0%) | 0% (at most 0%) |")  # of the forms that ran
     assert (tmp_path / "speed_mlp_2.png").exists()
+
+
+def test_the_pages_on_speed_are_of_the_newest_record(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed_docs
+
+    shutil.copy(speed_docs.DOCS / "speed.md", tmp_path)
+    speed_docs.pages(speed_docs.newest(), tmp_path)
+    for page in ("speed.md", "speed_record/index.md"):
+        assert (tmp_path / page).read_text() == (speed_docs.DOCS / page).read_text(), page
 
 
 @pytest.mark.slow
