@@ -73,7 +73,7 @@ LANGUAGE = {
         ("DiLoCo", 32, (0.9,), 0.02),
     ),
 }
-TASK = {"images": {4: IMAGES}, "language": LANGUAGE}
+TASK: dict[str, dict] = {"images": {4: IMAGES}, "language": LANGUAGE}
 QUICK_REPLICAS = 2
 QUICK = ((0, 1), (SEARCH,), 3)  # seeds, those of the search, rates of a search at most
 STUDIES = ("momentum", "images", "language", "options")

@@ -15,7 +15,7 @@ def study(name, cells, path):
     shown = [cell for cell in cells if cell.replicas == cells[0].replicas]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
     methods = dict.fromkeys(cell.method for cell in shown)
-    distinct = (*pyplot.cm.tab10.colors, *pyplot.cm.Dark2.colors)
+    distinct = [*map(pyplot.cm.tab10, range(10)), *map(pyplot.cm.Dark2, range(8))]
     colours = dict(zip(methods, distinct, strict=False))
     for cell in shown:
         label = cell.method + (f", K={cell.k}" if cell.k > 1 else "")

@@ -15,7 +15,7 @@ STATISTICS = 32  # batches from which BatchNormalization's statistics are estima
 
 # The inner optimizer of methods that have another than the task's.
 INNER = {"images": "sgd", "digits": "sgd", "language": "adamw"}
-METHODS = {
+METHODS: dict[str, dict] = {
     "synchronous SGD": {},
     "synchronous momentum SGD": {},
     "K-AVG": {"beta": 0.0},
@@ -58,7 +58,8 @@ class Trainers:
 
     def __init__(self, quick=False):
         self.quick = quick
-        self._tasks, self._last = {}, (None, None)
+        self._tasks: dict = {}
+        self._last: tuple = (None, None)
 
     def run(self, setting):
         """The row of a setting that has been run."""
