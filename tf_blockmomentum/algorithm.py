@@ -136,10 +136,7 @@ class Blocks(Settings):
     def velocities(self) -> list[Any]:
         """The velocity of each variable with block momentum, in the order of `anchors`; none
         without block momentum or with an `outer_optimizer` of the user's."""
-        outer = self.outer_optimizer
-        if not self.block_momentum or not getattr(outer, "momentums", None):
-            return []
-        return [outer.momentums[_keras.index_of(outer, a)] for a in self.anchors]
+        return [v for v in self._velocities() if v is not None] if self.block_momentum else []
 
     # -- overlap: the outer step comes within the next block ----------------------------------
 
@@ -179,27 +176,20 @@ class Blocks(Settings):
             d: the means that land, or None if nothing does.
         """
         self._in_flight.assign(False)
-        of_velocity, of_sent = tf.unstack(ops.convert_to_tensor(self._ahead))
         beta, zeta = self.block_momentum, self.block_learning_rate
-        rows = zip(
-            self.trained_variables, self.sent, self._velocities(), d or self.sent, strict=True
-        )
-        for w, sent, v, mean in rows:
-            sent = ops.convert_to_tensor(sent)
-            step = -tf.cast(of_sent, sent.dtype) * sent
-            if v is not None:
-                v = ops.convert_to_tensor(v)
-                step -= tf.cast(of_velocity, sent.dtype) * v
-            if d is not None:
+        steps = [-foretold for foretold in self._foretold()]
+        if d is not None:
+            for i, (v, mean) in enumerate(zip(self._velocities(), d, strict=True)):
                 velocity = zeta * mean if v is None else beta * v + zeta * mean
-                step += beta * velocity + zeta * mean if self.nesterov else velocity
+                steps[i] += beta * velocity + zeta * mean if self.nesterov else velocity
+        for w, step in zip(self.trained_variables, steps, strict=True):
             w.assign_add(step)
 
     def step_off(self) -> None:
         """Before the outer step of the block before lands within the next one: what this replica
         has moved since that began takes the place of its weights."""
-        for w, x in zip(self.trained_variables, self.begins(), strict=True):
-            w.assign(ops.subtract(w, x))
+        for w, delta in zip(self.trained_variables, self.deltas(under_way=True), strict=True):
+            w.assign(delta)
 
     def land(self, d: list[tf.Tensor], steps: tf.Tensor) -> None:
         """The outer step of the block before, with its means, as in `end_block`."""
@@ -236,23 +226,31 @@ class Blocks(Settings):
             return [None] * len(anchors)
         return [outer.momentums[_keras.index_of(outer, a)] for a in anchors]
 
+    def _foretold(self) -> list[tf.Tensor]:
+        """How far from the anchor this replica began the block, the block before being under
+        way: what that one's outer step was foretold to be."""
+        # As they were when the block began: they may have been set since.
+        of_velocity, of_sent = tf.unstack(ops.convert_to_tensor(self._ahead))
+        steps = []
+        for sent, v in zip(self.sent, self._velocities(), strict=True):
+            sent = ops.convert_to_tensor(sent)
+            step = tf.cast(of_sent, sent.dtype) * sent
+            if v is not None:
+                step = tf.cast(of_velocity, sent.dtype) * ops.convert_to_tensor(v) + step
+            steps.append(step)
+        return steps
+
     def begins(self, under_way: bool | None = None) -> list[Any]:
         """Where this replica began the block, in replica context: until the mean of the block
         before has landed start_j, which its state tells, and from then on the anchor. If it is
         known which, `under_way` spares the passes over what the other would take."""
         if not self.overlap or under_way is False:
             return list(map(ops.convert_to_tensor, self.anchors))
-        in_flight = self.under_way
-        # As they were when the block began: they may have been set since.
-        of_velocity, of_sent = tf.unstack(ops.convert_to_tensor(self._ahead))
-        begins = []
-        for w, anchor, sent, v in zip(
-            self.trained_variables, self.anchors, self.sent, self._velocities(), strict=True
+        begins, in_flight = [], self.under_way
+        for w, anchor, step in zip(
+            self.trained_variables, self.anchors, self._foretold(), strict=True
         ):
-            anchor, sent = ops.convert_to_tensor(anchor), ops.convert_to_tensor(sent)
-            step = tf.cast(of_sent, sent.dtype) * sent
-            if v is not None:
-                step = tf.cast(of_velocity, sent.dtype) * ops.convert_to_tensor(v) + step
+            anchor = ops.convert_to_tensor(anchor)
             begin = anchor + step
             if w.constraint is not None:
                 begin = w.constraint(begin)

@@ -63,7 +63,6 @@ class OverlappedBoundary(Boundary):
     def land_within(self, sums: list[tf.Tensor]) -> tf.Tensor:
         """Lands a block within the next one: what this replica has moved in that is kept, and
         belongs to its next delta. Returns the drift."""
-
         if all(optimizer.steps_aside for optimizer in self._optimizers):
             drift = self._outer_step(sums, aside=True)
         else:
@@ -103,14 +102,14 @@ class OverlappedBoundary(Boundary):
                 optimizer.land(its_d, tf.reduce_sum(numbers["steps"]) * share)
             return drift
 
-        def nothing() -> tf.Tensor:
-            if aside:
-                for optimizer in self._optimizers:
-                    optimizer.step_aside(None)
+        def nobody() -> tf.Tensor:
+            for optimizer in self._optimizers if aside else ():
+                optimizer.step_aside(None)
             return tf.constant(0.0)
 
         step, some = self._compiled(outer_step), self.header.read(header)["active"] > 0
-        return tf.cond(some, lambda: step(sums, header), self._compiled(nothing))
+        nothing = self._compiled(nobody) if aside else nobody
+        return tf.cond(some, lambda: step(sums, header), nothing)
 
     def _land_statistics(self, sums: list[tf.Tensor], begun: tf.Tensor) -> None:
         """`begun`: whether they have changed since they were sent."""
