@@ -11,6 +11,9 @@ from pathlib import Path
 from cluster import bytes_sent
 from speed import BATCHES, FORMS, HERE, NO_SYNC, PLAIN, TARGET, WIDTHS
 
+NO_STRATEGY = "blocks, no strategy"
+OUTSIDE = (PLAIN, NO_STRATEGY)  # trained where there is no strategy
+
 
 def chosen(options):
     """Those of the forms that the command line asks for: name, overlap, compression."""
@@ -65,7 +68,7 @@ def compile_model(strategy, name, form, k=NO_SYNC, rate=0.001, widths=WIDTHS):
     Args:
         strategy: ours; plain Keras knows nothing of it.
         name: of the network.
-        form: of blocks, "synchronous fit" or PLAIN.
+        form: of blocks, "synchronous fit", PLAIN, or NO_STRATEGY for blocks without one.
         k: how long blocks are.
         rate: of learning.
         widths: of the MLP.
@@ -78,7 +81,7 @@ def compile_model(strategy, name, form, k=NO_SYNC, rate=0.001, widths=WIDTHS):
     plain, sync = form == PLAIN, form == "synchronous fit"
     overlap, compression = FORMS.get(form, (False, None))
     strategy.compression = compression
-    with tf.distribute.get_strategy().scope() if plain else strategy.scope():
+    with (tf.distribute.get_strategy() if form in OUTSIDE else strategy).scope():
         model, x, y = network(name, widths)
         optimizer = keras.optimizers.SGD(rate)
         if not plain and not sync:
@@ -116,7 +119,7 @@ def batches(strategy, form, x, y):
     def dataset(_=None):
         return tf.data.Dataset.from_tensors((x, y)).repeat()
 
-    return dataset() if form == PLAIN else strategy.distribute_datasets_from_function(dataset)
+    return dataset() if form in OUTSIDE else strategy.distribute_datasets_from_function(dataset)
 
 
 def work_blocks(options):
@@ -224,35 +227,21 @@ def all_reduce_seconds(strategy, count):
 def work_alone(options):
     """One worker: local steps without a boundary beside Keras's own `fit` on one device, and what
     a boundary takes where there is no link."""
-    import keras
-    import tensorflow as tf
-
     import tf_blockmomentum as tfbm
 
     strategy = tfbm.MultiWorkerBlockStrategy()
-    here = tf.distribute.get_strategy()
     contenders = {}
-    places = ((PLAIN, here, NO_SYNC), ("blocks, no strategy", here, NO_SYNC),
-              ("blocks, one worker", strategy, NO_SYNC))  # fmt: skip
+    without = [(form, NO_SYNC) for form in (*OUTSIDE, "blocks, one worker")]
     for name in options.alone:
-        cases = list(itertools.product((1, 8) if name == "resnet50" else (1, 8, 32), places))
+        cases = list(itertools.product((1, 8) if name == "resnet50" else (1, 8, 32), without))
         if name == "mlp":
-            cases += [(8, (form, strategy, 8)) for form in options.forms]
-        for each, (method, where, k) in cases:
-            overlap, strategy.compression = FORMS.get(method, (False, None))
-            with where.scope():
-                model, x, y = network(name)
-                optimizer = keras.optimizers.SGD(0.001)
-                if method != PLAIN:
-                    optimizer = tfbm.BlockMomentum(optimizer, k, overlap=overlap)
-                model.compile(
-                    optimizer,
-                    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                    steps_per_execution=each,
-                )
+            cases += [(8, (form, 8)) for form in options.forms]
+        for each, (method, k) in cases:
+            model, x, y = compile_model(strategy, name, method, k)
+            model.steps_per_execution = each
             timed = clock()
             training = [] if method == PLAIN else [tfbm.BlockTraining(options.jit)]
-            data = batches(strategy, PLAIN if where is here else method, x, y)
+            data = batches(strategy, method, x, y)
             callbacks = [*training, timed]
             contenders[name, method, each, k] = model, data, callbacks, timed, strategy.compression
     results: dict = {key: [] for key in contenders}

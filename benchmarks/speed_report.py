@@ -60,13 +60,13 @@ class Place:
         self.one = next(r.step_seconds for r in rows if r.method == "all_reduce of one number")
         copies = (r.step_seconds for r in rows if r.method == "copy")
         self.copy = next(copies, None)  # seconds to copy the weights in memory
-        # Seconds of a step by framework and steps of an execution: as its users would train
-        # without any exchange, and of ours a block that never ends.
-        self._plain, self._steps = (
-            {(r.family, r.steps): r.step_seconds for r in rows if r.method in methods}
-            for methods in ((PLAIN, "no communication"), ("no communication",))
+        # Seconds of a step by framework and steps of an execution: without any exchange (of ours
+        # a block that never ends), and as its users would train alone.
+        self._steps, plain = (
+            {(r.family, r.steps): r.step_seconds for r in rows if r.method == method}
+            for method in ("no communication", PLAIN)
         )
-        self._plain |= {(r.family, r.steps): r.step_seconds for r in rows if r.method == PLAIN}
+        self._plain = self._steps | plain
 
     def plain(self, row):
         """Seconds of a step of training alone, in the same framework and with as many steps at
