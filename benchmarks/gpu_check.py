@@ -27,6 +27,7 @@ PARTS = {
     "right": ("right: a replica against NumPy", 120),
     "two": ("right: two processes on one GPU against NumPy", 120),
     "devices": ("right: several replicas in one process against NumPy", 120),
+    "moving_statistics": ("right: moving statistics at the anchor against NumPy", 120),
     "backup": ("right: stopped and resumed, to the bit", 150),
     "fast_mlp": ("fast: an MLP of 4.7 million weights, batches of 128", 150),
     "boundary": ("fast: a boundary", 120),
