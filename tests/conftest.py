@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -13,6 +14,9 @@ from pool import Pool
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
+
+# Ignored in a run that a shell has put in the background, and by all that such a run starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _strategies = {}
 
