@@ -77,3 +77,4 @@ def triple(request, pools):
 def _forget_keras_state():
     yield
     forget_keras_state()
+    gc.freeze()  # as above: what survives tests grew, and took up to a second of each

@@ -41,6 +41,7 @@ def main() -> None:
         strategy.compression = compression
         forget_keras_state()
         gc.collect()
+        gc.freeze()  # as above
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         connection.send_bytes(answer)
