@@ -259,7 +259,9 @@ def test_a_terminal_that_closes(tmp_path, ignored, status):
     """What nohup asks to ignore stays ignored."""
     script = write(
         tmp_path,
-        "(here / f'began-{index}').write_text('0')\ntime.sleep(1)\n(here / 'done').touch()",
+        "(here / f'part-{index}').write_text('0')\n"
+        "(here / f'part-{index}').rename(here / f'began-{index}')\n"
+        "time.sleep(1)\n(here / 'done').touch()",
     )
     nohup = ["nohup"] if ignored else []
     launcher = start("--workers", 2, script, command=[*nohup, *COMMAND])
@@ -405,9 +407,13 @@ thief = (
     f"import socket, time; s = socket.socket(); s.bind(('127.0.0.1', {port})); s.listen();"
     "print(flush=True); time.sleep(20)"
 )
+first = not (here / "thief").exists()
 if index == 0:
-    time.sleep(60 if not (here / "thief").exists() else 0)
-elif not (here / "thief").exists():
+    (here / "began").touch()
+    time.sleep(60 if first else 0)
+elif first:
+    while not (here / "began").exists():
+        time.sleep(0.02)
     other = subprocess.Popen(
         [sys.executable, "-c", thief], stdout=subprocess.PIPE, start_new_session=True
     )
