@@ -445,7 +445,7 @@ if index == 1:
     progress.note("ended a block")
 if index != 2:
     progress.note(["waits in a boundary", "writes a backup"][index])
-    time.sleep(4)
+    time.sleep(3)
 """,
     )
     code = AS_LAUNCHER + (

@@ -68,26 +68,40 @@ def test_all_is_one_line_for_a_line(tmp_path):
 FIT = """
 import tf_blockmomentum as tfbm
 strategy = tfbm.MultiWorkerBlockStrategy()
-import keras, numpy as np
+import keras, subprocess, numpy as np
 with strategy.scope():
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
     model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.01), sync_period=2), "mse")
+class Ask(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 8 and optimizer.blocks > 20 and index == 0:
+            with open(here / "status", "w") as file:
+                command = [sys.executable, "-m", "tf_blockmomentum.launch", "--status"]
+                subprocess.run(command, stdout=file)
+optimizer = model.optimizer
 x = np.ones([320, 3], "float32")
-model.fit(x, x[:, :1], batch_size=8, callbacks=[tfbm.BlockTraining()])
+model.fit(x, x[:, :1], batch_size=8, epochs=2, callbacks=[tfbm.BlockTraining(), Ask()])
 """
 
 
 @pytest.mark.timeout(120)
-def test_a_small_fit_is_a_few_lines(tmp_path):
-    """One epoch of 40 steps over two workers: Keras's bar on one line, and no chatter."""
-    status, seen = run_in_terminal("--workers", 2, write(tmp_path, FIT), limit=100)
+def test_a_small_fit_is_a_few_lines_and_tells_where_it_is(tmp_path):
+    """Epochs of 40 steps over two workers: Keras's bar on one line, and no chatter. What the
+    launcher's --status knows of it is asked for in the second."""
+    env = {"TMPDIR": str(tmp_path)}
+    status, seen = run_in_terminal("--workers", 2, write(tmp_path, FIT), limit=100, env=env)
     text = seen.decode()
     assert status == 0, text
     lines = [line for line in text.split("\n") if line.strip()]
-    assert len(lines) <= 4, text
+    assert len(lines) <= 6, text
     assert "40/40" in lines[-1]
     assert lines[-1].count("\r") > 2  # it moved
     assert not re.search(r"oneDNN|cuda|absl", text)
+    rows = (tmp_path / "status").read_text().splitlines()[-2:]
+    for index, row in enumerate(rows):
+        # Worker 0 is in its 24th block; worker 1 may wait at its end.
+        pattern = rf" +{index} +2/2 +24 +\d+\.\d+ +\d+ %  (ended a block|waits in .*), .* ago"
+        assert re.fullmatch(pattern, row), rows
 
 
 NOISE = r"""
@@ -158,7 +172,7 @@ def test_workers_that_end_at_different_times_end_without_a_word(tmp_path):
         tmp_path,
         "import tf_blockmomentum as tfbm\n"
         "tfbm.MultiWorkerBlockStrategy()\n"
-        "time.sleep([3, 0, 6][index])",
+        "time.sleep([2, 0, 4][index])",
     )
     logs = ["--log-dir", tmp_path, "--heartbeat", 1]
     done = run("--workers", 3, *logs, script, limit=100)

@@ -75,7 +75,10 @@ def test_the_line_on_a_silent_terminal(tmp_path):
 
 @pytest.mark.parametrize(
     ("env", "popen"),
-    [({"TERM": "dumb"}, {}), (TERMINAL, {"stderr": subprocess.DEVNULL})],
+    [
+        ({"TERM": "dumb"}, {}),
+        pytest.param(TERMINAL, {"stderr": subprocess.DEVNULL}, marks=pytest.mark.slow),
+    ],
 )
 def test_no_line_where_it_cannot_be(tmp_path, env, popen):
     script = write(tmp_path, "print('begins')\ntime.sleep(2.8)")
@@ -156,35 +159,3 @@ def test_status_stands_alone(tmp_path):
         done = run(*arguments)
         assert done.returncode == 2
         assert "--status stands alone" in done.stderr
-
-
-@pytest.mark.timeout(120)
-def test_status_of_a_fit(tmp_path):
-    """What a fit of two workers tells of itself, asked for in its second epoch."""
-    script = write_script(
-        tmp_path,
-        """
-import tf_blockmomentum as tfbm
-strategy = tfbm.MultiWorkerBlockStrategy()
-import keras, subprocess, numpy as np
-with strategy.scope():
-    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
-    model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.01), sync_period=2), "mse")
-class Ask(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
-        if batch == 8 and optimizer.blocks > 6 and index == 0:
-            subprocess.run([sys.executable, "-m", "tf_blockmomentum.launch", "--status"])
-optimizer = model.optimizer
-x = np.ones([96, 3], "float32")
-model.fit(x, x[:, :1], batch_size=8, epochs=2, verbose=0,
-          callbacks=[tfbm.BlockTraining(), Ask()])
-""",
-    )
-    env = {"TMPDIR": str(tmp_path)}
-    done = run("--workers", 2, "--output", "first", script, env=env, limit=100)
-    assert done.returncode == 0, done.stderr
-    rows = done.stdout.splitlines()[-2:]
-    for index, row in enumerate(rows):
-        # Worker 0 is in its tenth block; worker 1 may wait at its end.
-        pattern = rf" +{index} +2/2 +10 +\d+\.\d+ +\d+ %  (ended a block|waits in .*), .* ago"
-        assert re.fullmatch(pattern, row), done.stdout

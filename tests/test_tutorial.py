@@ -1,4 +1,4 @@
-"""docs/tutorial.md, followed to the letter: its script, its changes, its commands, its output."""
+"""docs/tutorial.md, followed to the letter but for epochs: script, changes, commands, output."""
 
 import os
 import re
@@ -26,6 +26,12 @@ def changed(script, diff):
     new = "".join(line[1:] for line in lines if line[0] in " +")
     assert script.count(old) == 1, old
     return script.replace(old, new)
+
+
+def shorter(script):
+    """With fewer epochs than on the page, which are enough."""
+    assert script.count("epochs=12") == 1
+    return script.replace("epochs=12", "epochs=7")
 
 
 def in_the_shape_of(expected):
@@ -56,7 +62,7 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
     (launch,) = {tuple(command) for command in commands if command[0] == "tfbm-launch"}
     (predict,) = [command for command in commands if command[0] == "tfbm-plan"]
 
-    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "train.py").write_text(shorter(script))
     runpy.run_path("train.py")  # alone
     assert plan.main(predict[1:]) == 0
     alone = capsys.readouterr().out
@@ -68,13 +74,13 @@ def test_the_tutorial_does_what_it_says(tmp_path, monkeypatch, capsys):
         script = changed(script, diff)
     (after_fit,) = blocks("python")
     script += after_fit
-    (tmp_path / "train.py").write_text(script)
+    (tmp_path / "train.py").write_text(shorter(script))
     status, first = interrupted_at("[worker 0] Epoch 4/", launch)
     assert status == 128 + signal.SIGINT, first
     assert len(os.listdir("backup")) > 1
     done = launching.run(*launch[1:], limit=200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "] Epoch 3/12" not in done.stdout
+    assert "] Epoch 3/" not in done.stdout
     assert (tmp_path / "final.keras").exists()
 
     (tmp_path / "use.py").write_text(use)

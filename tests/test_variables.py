@@ -82,9 +82,9 @@ def keep(strategy, jit):
     return {v.name: v.numpy() for v in keeps.variables}, dense.kernel.numpy()
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_a_layer_keeps(pair, jit):
-    (got, _), (other, _) = pair.run(keep, jit, limit=120)
+    (got, kernel), (other, _) = pair.run(keep, jit, limit=120)
     for name, value in got.items():
         np.testing.assert_array_equal(value, other[name], err_msg=name)
     x = np.random.default_rng(0).normal(size=[STEPS, 2, BATCH, 2]).astype("float32")
@@ -103,12 +103,8 @@ def test_what_a_layer_keeps(pair, jit):
     np.testing.assert_allclose(got["average_too"], np.mean(own), rtol=1e-5)
     np.testing.assert_allclose(got["first"], own[0], rtol=1e-5)
     np.testing.assert_array_equal(got["queue"], x[[-1, -2, -3], 0, :4].reshape(12, 2))
-
-
-def test_a_copy_of_a_weight(pair):
-    """Assigned in the last step before the boundary, so the mean of the replicas' kernels, without
-    the block momentum that the kernel itself gets."""
-    (got, kernel), _ = pair.run(keep, False)
+    # A copy of a weight, assigned in the last step before the boundary: the mean of the replicas'
+    # kernels, without the block momentum that the kernel itself gets.
     assert np.abs(got["copy"] - kernel).max() > 0
     assert np.abs(got["copy"] - kernel).max() < 0.1
 
@@ -151,8 +147,15 @@ def teach(strategy, frozen, rate, inner="SGD", eagerly=False):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize(
+    ("eagerly", "frozen"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_teacher(pair, frozen, eagerly):
     for teacher, network, trained in pair.run(teach, frozen, 0.0, eagerly=eagerly):
         np.testing.assert_allclose(teacher, 1 - 0.5**STEPS, rtol=1e-6)

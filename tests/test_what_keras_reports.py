@@ -57,7 +57,7 @@ def evaluates(strategy, overlap):
         model.compile(tfbm.BlockMomentum(inner, sync_period=3, overlap=overlap), "mse")
     looks = Evaluates()
     model.fit(
-        *task(), batch_size=8, epochs=2, shuffle=False, verbose=0,
+        *task(), batch_size=8, shuffle=False, verbose=0,
         callbacks=[tfbm.BlockTraining(), looks],
     )  # fmt: skip
     return looks.notes, model.get_weights()
@@ -68,7 +68,7 @@ def test_evaluate_in_a_batch_callback(pair, overlap):
     (notes, weights), (other, its_weights) = pair.run(evaluates, overlap)
     alike([weights, its_weights])
     assert notes == other
-    assert len(notes) == 6
+    assert len(notes) == 3
     for value, by_hand in notes:
         assert value == pytest.approx(by_hand, rel=1e-5)
 
@@ -84,7 +84,9 @@ def evaluates_alone(strategy, where):
     model.fit(*task(), batch_size=8, epochs=2, verbose=0, callbacks=callbacks)
 
 
-@pytest.mark.parametrize("where", ["in a callback", "before the others"])
+@pytest.mark.parametrize(
+    "where", ["in a callback", pytest.param("before the others", marks=pytest.mark.slow)]
+)
 def test_evaluate_on_the_chief_alone_is_an_error_within_seconds(pair, where):
     for error in pair.run(evaluates_alone, where, expect_error=True, limit=60):
         assert error.type == "RuntimeError"
@@ -131,8 +133,15 @@ def any_batches(strategy, form, size):
     return value, rows, str(error.value)
 
 
-@pytest.mark.parametrize("form", ["arrays", "dataset"])
-@pytest.mark.parametrize("size", [None, 7])
+@pytest.mark.parametrize(
+    ("size", "form"),
+    [
+        (None, "arrays"),
+        (7, "dataset"),
+        pytest.param(7, "arrays", marks=pytest.mark.slow),
+        pytest.param(None, "dataset", marks=pytest.mark.slow),
+    ],
+)
 def test_batches_that_do_not_divide(triple, form, size):
     x, y = task(50)
     for value, rows, error in triple.run(any_batches, form, size):

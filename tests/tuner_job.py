@@ -1,14 +1,8 @@
-"""Searches of several workers, for test_tuner.py; a line of JSON is printed for what happens.
-
-`classes` and `failures` run on a pool. `python tuner_job.py DIRECTORY` is one worker of a
-GridSearch, of which worker 1 dies in its second trial, once.
-"""
+"""Searches of several workers, for test_tuner.py; a line of JSON is printed for what happens."""
 
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 from typing import Any
 
 import helpers
@@ -73,9 +67,8 @@ def data():
 
 
 def classes(strategy, directory):
-    """Every tuner class but GridSearch."""
+    """The tuner classes that the searches below do not have."""
     for cls, arguments in {
-        kt.RandomSearch: {"max_trials": 2},
         kt.BayesianOptimization: {"max_trials": 2, "num_initial_points": 1},
         kt.Hyperband: {"max_epochs": 2, "factor": 2},
     }.items():
@@ -156,12 +149,9 @@ class Killed(keras.callbacks.Callback):
 
 
 def killed(strategy, directory):
+    """A GridSearch, of which worker 1 dies in its second trial, once."""
     search = tuner(strategy, directory, kt.GridSearch, build, max_trials=3)
     say(tuner=sorted(search.oracle.trials))
     callbacks = [Killed(directory / "killed")] if worker_of(strategy)[0] == 1 else []
     search.search(data(), epochs=1, verbose=0, callbacks=callbacks)
     tell_the_best(search)
-
-
-if __name__ == "__main__":
-    killed(tfbm.MultiWorkerBlockStrategy(), Path(sys.argv[1]))
