@@ -95,7 +95,7 @@ def multi(strategy, callable_map):
 
 
 @pytest.mark.skipif(not hasattr(keras.optimizers, "MultiOptimizer"), reason="an older Keras")
-@pytest.mark.parametrize("callable_map", [True, False])
+@pytest.mark.parametrize("callable_map", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_multi_optimizer(pair, callable_map):
     (before, after, own, all_), (_, other, *_) = pair.run(multi, callable_map)
     alike([after, other])
@@ -241,7 +241,7 @@ def by_hand(beta, zeta, later):
     ("values", "later"),
     [
         ({"block_momentum": 0.9}, (0.9, 1.0)),
-        ({"block_momentum": 0}, (0.0, 1.0)),
+        pytest.param({"block_momentum": 0}, (0.0, 1.0), marks=pytest.mark.slow),
         ({"block_learning_rate": 0.3}, (0.5, 0.3)),
     ],
 )
@@ -294,7 +294,7 @@ def uneven(strategy, overlap):
     return rates, model.get_weights()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 def test_the_learning_rate_where_shares_are_uneven(pair, overlap):
     (rates, weights), (other, its_weights) = pair.run(uneven, overlap)

@@ -183,8 +183,15 @@ def one_stops(strategy, hook, backup):
     return len(history.epoch)
 
 
-@pytest.mark.parametrize("hook", ["on_test_end", "on_epoch_end"])
-@pytest.mark.parametrize("backup", [False, True])
+@pytest.mark.parametrize(
+    ("backup", "hook"),
+    [
+        (False, "on_test_end"),
+        (True, "on_epoch_end"),
+        pytest.param(False, "on_epoch_end", marks=pytest.mark.slow),
+        pytest.param(True, "on_test_end", marks=pytest.mark.slow),
+    ],
+)
 def test_one_worker_that_stops_alone_ends_the_fit_of_both(pair, tmp_path, hook, backup):
     """In validation, and after it at an epoch's end; with a backup that follows, and without."""
     assert pair.run(one_stops, hook, tmp_path if backup else None) == [2, 2]

@@ -243,16 +243,18 @@ SHAPES = [(150, 256), (7, 3), (400,)]
 SIZE = 150 * 256 + 421
 
 
-@each
 @pytest.mark.parametrize(
-    ("overlap", "jit"),
+    ("overlap", "jit", "compression"),
     [
-        pytest.param(False, False, marks=pytest.mark.slow),
-        (False, True),
-        (0.5, True),
-        (1.0, False),
+        pytest.param(*case, code, id=f"{name}-{code}", marks=[pytest.mark.slow] * (code != enough))
+        for name, *case, enough in (
+            ("eager_ops", False, False, None),
+            ("xla", False, True, "int4"),
+            ("overlap-xla", 0.5, True, "int8"),
+            ("whole_overlap-eager_ops", 1.0, False, "int4"),
+        )
+        for code in ("int8", "int4")
     ],
-    ids=["eager_ops", "xla", "overlap-xla", "whole_overlap-eager_ops"],
 )
 def test_training_is_the_oracles_to_the_bit(pair, compression, overlap, jit):
     """The weights of each worker after every block of two steps."""
@@ -264,7 +266,7 @@ def test_training_is_the_oracles_to_the_bit(pair, compression, overlap, jit):
             np.testing.assert_array_equal(got, block[index])
 
 
-@each
+@pytest.mark.parametrize("compression", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_three_workers_have_the_same_to_the_bit(triple, compression):
     slopes = slopes_of(3, SIZE)
     found = triple.run(trajectory, compression, slopes, SHAPES, False)
@@ -332,7 +334,10 @@ def poisoned(strategy, compression, overlap, on_nonfinite):
     return model.get_weights(), texts, training.skipped, all(np.isfinite(v).all() for v in state)
 
 
-@pytest.mark.parametrize(("compression", "overlap"), [("int8", False), ("int4", 1.0)])
+@pytest.mark.parametrize(
+    ("compression", "overlap"),
+    [("int8", False), pytest.param("int4", 1.0, marks=pytest.mark.slow)],
+)
 def test_a_worker_that_is_not_finite_is_left_out(pair, compression, overlap):
     found = pair.run(poisoned, compression, overlap, "skip")
     for weights, texts, skipped, finite in found:
@@ -362,7 +367,7 @@ def half_precision(strategy, compression, overlap):
     return history.history["loss"], [w.astype("float32") for w in model.get_weights()]
 
 
-@pytest.mark.parametrize("compression", ["float16", "int8"])
+@pytest.mark.parametrize("compression", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_bfloat16_variables_overlap_and_compression(pair, compression):
     (losses, first), (_, second) = pair.run(half_precision, compression, 0.5)
     assert losses[-1] < losses[0]

@@ -32,7 +32,15 @@ def under(strategy, policy):
     ).astype("float32")  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16", "mixed_float16", "float64"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "bfloat16",
+        "mixed_bfloat16",
+        "mixed_float16",
+        pytest.param("float64", marks=pytest.mark.slow),  # most of test_fuzz's are
+    ],
+)
 def test_a_policy(pair, policy):
     (weights, losses, rows), (other, its_losses, its_rows) = pair.run(under, policy)
     alike([weights, other])
@@ -105,7 +113,7 @@ def looks(strategy, eagerly, steps_per_execution=1):
     return model.get_weights(), seen
 
 
-@pytest.mark.parametrize("steps_per_execution", [1, 4])
+@pytest.mark.parametrize("steps_per_execution", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_run_eagerly(pair, steps_per_execution):
     compiled = pair.run(looks, False)
     for (want, _), (got, seen) in zip(

@@ -185,7 +185,7 @@ def test_made_in_two_scopes(strategy_of):
             model.fit(*examples(), callbacks=[tfbm.BlockTraining()], verbose=0)
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_callback_forgotten(strategy_of, replicas):
     x, y = examples()
     model = compiled(strategy_of(replicas))

@@ -496,9 +496,13 @@ def same_weights(these, those):
     ("damage", "reason"),
     [
         (flip, "is torn or changed"),
-        (truncate, "is torn or changed"),
+        pytest.param(truncate, "is torn or changed", marks=pytest.mark.slow),
         (lambda path: path.unlink(), "is missing or was not finished"),
-        (lambda path: path.with_suffix(".npz.sha256").unlink(), "is missing or was not finished"),
+        pytest.param(
+            lambda path: path.with_suffix(".npz.sha256").unlink(),
+            "is missing or was not finished",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["bit flip", "truncated", "no piece", "no checksum"],
 )
@@ -688,6 +692,7 @@ def test_progress_of_callbacks(tmp_path):
 # -- poison ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # test_codes has the like
 @pytest.mark.timeout(200)
 def test_poison_on_workers(tmp_path):
     fits = {"skip": {"on_nonfinite": "skip"}, "raise": {}}
@@ -700,9 +705,18 @@ def test_poison_on_workers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("inner", "overlap"), [("sgd", False), ("adam", False), ("ema", False), ("adam", True)]
+    ("inner", "overlap", "compression"),
+    [
+        pytest.param(*case, compression, marks=[pytest.mark.slow] * (compression not in enough))
+        for *case, enough in (
+            ("sgd", False, [None]),
+            ("adam", False, []),
+            ("ema", False, ["float16"]),
+            ("adam", True, [None, "float16"]),
+        )
+        for compression in (None, "float16")
+    ],
 )
-@pytest.mark.parametrize("compression", [None, "float16"])
 def test_poison_is_left_out(strategy_of, monkeypatch, inner, overlap, compression):
     """Replica 1's data is NaN in the second block: its delta is left out of the mean."""
     strategy = strategy_of(2)

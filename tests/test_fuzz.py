@@ -27,7 +27,7 @@ def seeds(some, many):
     return [seed if seed in some else pytest.param(seed, marks=slow) for seed in range(many)]
 
 
-@pytest.mark.parametrize("seed", seeds(range(5), 200))
+@pytest.mark.parametrize("seed", seeds((1, 3), 200))
 def test_one_device_is_plain_keras(seed):
     what = draw(seed)
     want = run(what, wrap=False)
@@ -39,7 +39,7 @@ def test_one_device_is_plain_keras(seed):
         compare(what, run(what), want, "test_one_device_is_plain_keras")
 
 
-@pytest.mark.parametrize("seed", seeds((1, 2, 4), 100))
+@pytest.mark.parametrize("seed", seeds((1, 2), 100))
 def test_two_workers_with_equal_data_are_plain_keras(pair, seed):
     what = draw(seed, workers=2)
     want = run(what, wrap=False)

@@ -223,9 +223,14 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("options", "number", "to", "restarts"),
     [
-        ([], signal.SIGTERM, "launcher", 0),
-        ([], signal.SIGTERM, 1, 0),
-        (["--preempt-signal", "usr1"], signal.SIGUSR1, "launcher", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ([], signal.SIGTERM, "launcher", 0),
+                ([], signal.SIGTERM, 1, 0),
+                (["--preempt-signal", "usr1"], signal.SIGUSR1, "launcher", 0),
+            )
+        ),
         (["--preempt-signal", "SIGUSR2"], signal.SIGUSR2, 1, 0),
         (["--max-restarts", 3], signal.SIGTERM, "launcher", 0),
         (["--max-restarts", 1], signal.SIGTERM, 1, 1),

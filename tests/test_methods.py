@@ -171,7 +171,8 @@ METHODS = {
 }  # fmt: skip
 
 
-_SLOW = ("BMUF-NBM", "MuLoCo", "FedAdam")  # whose like is DiLoCo
+# Whose like is DiLoCo; the last is in test_oracles.py too.
+_SLOW = ("BMUF-NBM", "SNOO", "MuLoCo", "FedAdam", "Lookahead")
 
 
 @pytest.mark.parametrize(

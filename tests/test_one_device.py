@@ -73,8 +73,8 @@ def compiled_loss(strategy, loss, policy="float32", regularized=False, metric=Tr
     ("loss", "policy", "regularized"),
     [
         ("mse", "float32", True),
-        (squared, "float32", False),
-        (squared, "float32", True),
+        pytest.param(squared, "float32", False, marks=pytest.mark.slow),
+        pytest.param(squared, "float32", True, marks=pytest.mark.slow),
         ("own reduction", "float32", False),
         (squared, "mixed_float16", False),
     ],

@@ -106,8 +106,15 @@ def test_integer_trajectory_worked_by_hand(strategy_of, jit):
     assert [float(v[0]) for v in replica_values(w)] == [30, 30]
 
 
-@both
-@pytest.mark.parametrize("inner", [keras.optimizers.SGD, keras.optimizers.Adam])
+@pytest.mark.parametrize(
+    ("inner", "jit"),
+    [
+        (keras.optimizers.SGD, False),
+        (keras.optimizers.Adam, True),
+        pytest.param(keras.optimizers.SGD, True, marks=pytest.mark.slow),
+        pytest.param(keras.optimizers.Adam, False, marks=pytest.mark.slow),
+    ],
+)
 def test_one_replica_without_momentum_is_the_inner_optimizer(inner, jit):
     _, dataset = data(12, 1)
     _, model = train(
@@ -120,8 +127,15 @@ def test_one_replica_without_momentum_is_the_inner_optimizer(inner, jit):
     close(model.get_weights(), plain.get_weights(), 2e-6)
 
 
-@both
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("momentum", "jit"),
+    [
+        (0.0, False),
+        (0.9, True),
+        pytest.param(0.0, True, marks=pytest.mark.slow),
+        pytest.param(0.9, False, marks=pytest.mark.slow),
+    ],
+)
 def test_period_one_is_synchronous_sgd(strategy_of, momentum, jit):
     """K=1: block momentum m around plain SGD is heavy-ball SGD on the global batch."""
     _, dataset = data(12, 3)
@@ -181,9 +195,13 @@ def test_block_learning_rate_zero_freezes_the_anchor(strategy_of):
     assert not np.array_equal(recorder.steps[2][0][0], start()[0])
 
 
-@both
 @pytest.mark.parametrize(
-    "case", [0, *(pytest.param(case, marks=pytest.mark.slow) for case in range(1, 6))]
+    ("case", "jit"),
+    [
+        pytest.param(case, jit, marks=[pytest.mark.slow] * ((case, jit) != (0, True)))
+        for case in range(6)
+        for jit in (False, True)
+    ],
 )
 def test_fuzz_against_numpy_m_avg(strategy_of, case, jit):
     """Random settings; weights compared at every boundary, replicas before and after it."""
@@ -298,8 +316,15 @@ def test_batch_norm_statistics_are_averaged_and_dropout_masks_differ(strategy_of
     assert seeds[1] != 7
 
 
-@both
-@pytest.mark.parametrize("overlap", [False, 1.0])
+@pytest.mark.parametrize(
+    ("overlap", "jit"),
+    [
+        (False, False),
+        (1.0, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(1.0, False, marks=pytest.mark.slow),
+    ],
+)
 def test_float16_on_the_wire(strategy_of, monkeypatch, overlap, jit):
     """Slopes of whole numbers, so that all but the float16 is exact: to the bit."""
     strategy, steps = strategy_of(2), 24

@@ -10,7 +10,7 @@ import reference
 import tensorflow as tf
 from helpers import replica_values, scope
 from test_oracles import close, data, start, train
-from test_workers import on, workers  # noqa: F401
+from test_workers import workers  # noqa: F401
 
 import tf_blockmomentum as tfbm
 
@@ -64,15 +64,15 @@ def compare(strategy, replicas, overlap, steps_per_execution, jit, block, **orac
 @pytest.mark.parametrize(
     ("jit", "replicas", "overlap", "outer", "steps_per_execution"),
     [
-        param
-        for xla, *case in (
+        pytest.param(jit, *case, marks=[slow] * (jit != enough))
+        for enough, *case in (
             (False, 1, 0.5, {"beta": 0.7}, 1),
             (True, 2, 0.25, {"beta": 0.6}, 3),
-            (False, 2, 1.0, {"beta": 0.0}, 1),
-            (False, 3, 0.5, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 1),
+            (None, 2, 1.0, {"beta": 0.0}, 1),
+            (None, 3, 0.5, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 1),
             (False, 3, 1.0, {"beta": 0.5, "nesterov": True, "zeta": 0.7}, 5),
         )
-        for param in (pytest.param(xla, *case), pytest.param(not xla, *case, marks=slow))
+        for jit in (False, True)
     ],
 )
 def test_every_replica_at_every_step(
@@ -87,15 +87,22 @@ def test_every_replica_at_every_step(
     )  # fmt: skip
 
 
-@on("pair", "triple")
 @pytest.mark.parametrize(
-    ("overlap", "jit", "outer"),
+    ("workers", "overlap", "jit", "outer"),
     [
-        pytest.param(0.25, False, {"block_momentum": 0.5}, marks=slow),
-        (0.5, True, {"block_momentum": 0.9, "nesterov": True, "block_learning_rate": 0.7}),
-        (1.0, False, {"block_momentum": 0.5}),
+        pytest.param(pool, *case, marks=[slow] * (pool != enough))
+        for enough, *case in (
+            (None, 0.25, False, {"block_momentum": 0.5}),
+            (
+                "triple", 0.5, True,
+                {"block_momentum": 0.9, "nesterov": True, "block_learning_rate": 0.7},
+            ),
+            ("pair", 1.0, False, {"block_momentum": 0.5}),
+        )
+        for pool in ("pair", "triple")
     ],
-)
+    indirect=["workers"],
+)  # fmt: skip
 def test_every_worker_at_every_step(workers, overlap, jit, outer):  # noqa: F811
     """Real ones, K=4, in epochs of 7 steps."""
     count = workers.workers
@@ -142,7 +149,9 @@ def test_with_an_outer_optimizer_a_replica_starts_from_where_it_is(strategy_of, 
         # The fourth block begins at step 11.
         (tfbm.schedules.PiecewisePeriod([10], [4, 7]), 0.5, [4, 4, 4, 7, 7, 7, 7, 7, 5]),
         (tfbm.schedules.DriftPeriod(target=0.15, initial=2, maximum=8), 0.5, None),
-        (tfbm.schedules.DriftPeriod(target=0.15, initial=2, maximum=8), 1.0, None),
+        pytest.param(
+            *(tfbm.schedules.DriftPeriod(target=0.15, initial=2, maximum=8), 1.0, None), marks=slow
+        ),
     ],
     ids=["piecewise", "drift", "drift, a whole block late"],
 )
@@ -214,7 +223,11 @@ def test_every_local_step_counts_exactly_once(strategy_of, monkeypatch, overlap,
 
 @pytest.mark.parametrize(
     ("overlap", "settings"),
-    [(0.125, {}), pytest.param(0.5, {"nesterov": True}, marks=slow), (1.0, {})],
+    [
+        pytest.param(0.125, {}, marks=slow),
+        pytest.param(0.5, {"nesterov": True}, marks=slow),
+        (1.0, {}),
+    ],
 )
 def test_and_belongs_to_the_block_in_which_it_was_taken(strategy_of, overlap, settings):
     """With momentum the anchors are then those without overlap, whenever they land."""
@@ -236,7 +249,7 @@ def test_and_belongs_to_the_block_in_which_it_was_taken(strategy_of, overlap, se
     np.testing.assert_array_equal(anchors[overlap], anchors[False])
 
 
-@pytest.mark.parametrize("overlap", [0.25, 1.0])
+@pytest.mark.parametrize("overlap", [0.25, pytest.param(1.0, marks=slow)])
 def test_statistics_land_likewise(strategy_of, overlap):
     """Two replicas, K=4, a running mean s <- (s + x) / 2 of what each sees."""
     strategy, x = strategy_of(2), np.random.default_rng(0).integers(-8, 8, [18, 2]).astype("f4")

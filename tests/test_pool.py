@@ -107,7 +107,10 @@ def test_an_error_on_all_workers_keeps_them(pair):
 @pytest.mark.parametrize(
     ("how", "limit", "texts"),
     [
-        ("raise", 60, ["Worker 1 of 2: KeyError: 'a mistake'", "in fail\n", "just before"]),
+        pytest.param(
+            *("raise", 60, ["Worker 1 of 2: KeyError: 'a mistake'", "in fail\n", "just before"]),
+            marks=pytest.mark.slow,
+        ),
         ("hang", 2, ["of 2: no answer: in 2 s", "in fail\n", "in reduce\n", "pool_worker.py"]),
         pytest.param(
             *("kill", 60, ["Worker 1 of 2: the process has ended: SIGKILL", "just before"]),

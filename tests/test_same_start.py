@@ -12,6 +12,7 @@ import tf_blockmomentum as tfbm
 from tf_blockmomentum.strategy import worker_of
 
 K = 2
+ENOUGH = [pytest.param(False, marks=pytest.mark.slow), True]  # of `overlap`
 
 
 def data_of(strategy, steps=6):
@@ -60,7 +61,9 @@ def weights_of_the_chief_alone(strategy, what):
     return [*model.get_weights(), *(v.numpy() for v in parts)]
 
 
-@pytest.mark.parametrize("what", ["nothing", "weights", "optimizer"])
+@pytest.mark.parametrize(
+    "what", ["nothing", pytest.param("weights", marks=pytest.mark.slow), "optimizer"]
+)
 def test_what_the_chief_alone_has_loaded(pair, what):
     results = pair.run(weights_of_the_chief_alone, what)
     alike(results)
@@ -82,10 +85,14 @@ def other_models(strategy, units, use_bias):
 @pytest.mark.parametrize(
     ("units", "use_bias", "words"),
     [
-        ([1, 2], [True, True], "At the making of a variable named 'kernel', the workers have"),
+        pytest.param(
+            [1, 2], [True, True],
+            "At the making of a variable named 'kernel', the workers have",
+            marks=pytest.mark.slow,  # each starts two workers
+        ),
         ([1, 1], [True, False], "is at the making of a variable named 'bias', and worker"),
     ],
-)
+)  # fmt: skip
 def test_other_models(pair, units, use_bias, words):
     for error in pair.run(other_models, units, use_bias, expect_error=True):
         assert error.type == "RuntimeError"
@@ -103,7 +110,7 @@ def fits_in_a_row(strategy, overlap):
     return results
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", ENOUGH)
 def test_fits_in_a_row_equal_one(pair, overlap):
     for several, one in pair.run(fits_in_a_row, overlap):
         alike([several, one])
@@ -146,8 +153,15 @@ def set_by_a_callback(strategy, hook, overlap, low_level=False):
     return model.get_weights()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    ("hook", "overlap"),
+    [
+        ("on_epoch_begin", True),
+        ("on_train_batch_end", False),
+        pytest.param("on_epoch_begin", False, marks=pytest.mark.slow),
+        pytest.param("on_train_batch_end", True, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_set_by_a_callback_stay(pair, hook, overlap):
     for weights in pair.run(set_by_a_callback, hook, overlap):
         for w in weights:
@@ -172,7 +186,7 @@ def pruned(strategy, overlap):
     return model.get_weights()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", ENOUGH)
 def test_a_mask_at_every_batch(pair, overlap):
     """Each worker masks its own weights in mid-block, which are unlike: their mean goes on."""
     results = pair.run(pruned, overlap)
@@ -229,7 +243,7 @@ def interrupted(strategy, overlap):
     return [*model.get_weights(), model.optimizer.blocks], before
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", ENOUGH)
 def test_after_an_interrupted_fit_all_go_on_from_the_chief(pair, overlap):
     (got, before), (other, its_before) = pair.run(interrupted, overlap)
     assert not np.array_equal(before[0], its_before[0])

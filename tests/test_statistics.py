@@ -81,7 +81,7 @@ def everything(model):
         pytest.param(2, "plain", marks=pytest.mark.slow),
         (1, "jit"),
         (2, "overlap in float16"),
-        (1, "eager"),
+        pytest.param(1, "eager", marks=pytest.mark.slow),
     ],
 )
 def test_those_of_the_last_batches_at_the_anchor_and_nothing_else(strategy_of, replicas, what):

@@ -40,14 +40,18 @@ def equal_on_all(saw, prefix=""):
             np.testing.assert_array_equal(saw[0][name], other[name], err_msg=name)
 
 
-@on("pair", "triple")
 @pytest.mark.parametrize(
-    ("seed", "jit", "settings"),
+    ("workers", "seed", "jit", "settings"),
     [
-        (0, False, {"sync_period": 3, "block_momentum": 0.5}),
-        (1, True, {"sync_period": 4, "block_momentum": 0.9, "nesterov": True}),
-        (2, False, {"sync_period": 1, "block_momentum": 0.0}),
+        pytest.param(pool, *case, marks=[pytest.mark.slow] * (pool != enough))
+        for enough, *case in (
+            ("triple", 0, False, {"sync_period": 3, "block_momentum": 0.5}),
+            ("pair", 1, True, {"sync_period": 4, "block_momentum": 0.9, "nesterov": True}),
+            ("pair", 2, False, {"sync_period": 1, "block_momentum": 0.0}),
+        )
+        for pool in ("pair", "triple")
     ],
+    indirect=["workers"],
 )
 def test_weights_at_boundaries_are_those_of_m_avg(workers, seed, jit, settings):
     """Of every replica at every boundary; inside a block the replicas differ."""
@@ -96,7 +100,8 @@ def test_fit(workers, tmp_path):
 
 @on("pair", "triple", slow=["pair"])
 @pytest.mark.parametrize(
-    ("steps_per_execution", "overlap"), [(1, False), (3, False), (2, 1.0), (1, 0.5)]
+    ("steps_per_execution", "overlap"),
+    [pytest.param(1, False, marks=pytest.mark.slow), (3, False), (2, 1.0), (1, 0.5)],
 )
 def test_uneven_data(workers, steps_per_execution, overlap):
     """Everyone ends, a worker without steps left is not in the mean."""
