@@ -91,10 +91,10 @@ def train(build, quick, steps, blocks=None, each=1, jit=True, data=None, epochs=
     return steps / statistics.median(clock.epochs[1:]), clock.epochs[0], peak
 
 
-def fast(build, quick, steps, without_xla=True):
+def fast(build, quick, steps, without_xla=True, executions=(1, 32)):
     """Plain Keras beside ours."""
     steps = 32 if quick else steps
-    for each in (1, 32):
+    for each in executions:
         rates = {}
         for name, blocks, jit in (
             ("Keras, XLA", None, True),
@@ -122,15 +122,15 @@ def fast_mlp(quick):
 
 
 def fast_transformer(quick):
-    fast(transformer, quick, 64, without_xla=False)
+    fast(transformer, quick, 64, without_xla=False, executions=[1])
 
 
 def fast_resnet18(quick):
-    fast(resnet18, quick, 128)
+    fast(resnet18, quick, 128, without_xla=False)
 
 
 def fast_resnet50(quick):
-    fast(resnet50, quick, 32, without_xla=False)
+    fast(resnet50, quick, 32, without_xla=False, executions=[1])
 
 
 def boundary(quick):
@@ -220,13 +220,16 @@ def feed(quick):
 
 # not `input`: Python has one
 def part_input(quick):
-    """Ours, which takes the next batch of an execution while a step is launched, beside Keras and
-    TensorFlow's buffer on the device, which can crash."""
+    """Ours beside Keras and TensorFlow's buffer on the device, which can crash; of data without
+    an end and with one."""
     build, data = feed(quick)
     steps = 32 if quick else 128
 
     def ours(strategy):
         return strategy.experimental_distribute_dataset(data)
+
+    def with_an_end(strategy):
+        return strategy.experimental_distribute_dataset(data.take(10**6))
 
     def tensorflows(strategy):
         return strategy.experimental_distribute_dataset(data, tf.distribute.InputOptions())
@@ -235,6 +238,7 @@ def part_input(quick):
         for what, blocks, source in (
             ("Keras", None, lambda _: data),
             ("blocks", {"sync_period": NEVER}, ours),
+            ("blocks, data with an end", {"sync_period": NEVER}, with_an_end),
             ("blocks, TensorFlow's buffer", {"sync_period": NEVER}, tensorflows),
         ):
             rate, _, _ = train(build, quick, steps, blocks, each, True, source, epochs=3)

@@ -23,7 +23,6 @@ def run(tmp_path, *command, limit=270):
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_digits_three_ways(tmp_path):
     printed = run(

@@ -19,6 +19,7 @@ from helpers import (
 )
 
 import tf_blockmomentum as tfbm
+from tf_blockmomentum._private.tensorflow import plain_iterator
 
 
 def compiled(strategy, model=None, sync_period=4, inner=None, **settings):
@@ -392,6 +393,23 @@ def test_distributed_dataset_and_generator(strategy_of):
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 4])
+def test_one_device_reads_a_plain_iterator(monkeypatch, strategy_of, steps_per_execution):
+    """And it trains as with TensorFlow's, of data that ends within an execution."""
+    data = tf.data.Dataset.from_tensor_slices(examples(88)).batch(16)
+    assert plain_iterator(iter(strategy_of(2).experimental_distribute_dataset(data))) is None
+    weights = []
+    for found in (plain_iterator, lambda iterator: None):
+        monkeypatch.setattr("tf_blockmomentum.steps.plain_iterator", found)
+        strategy = tfbm.MultiDeviceBlockStrategy(["CPU:0"])
+        assert plain_iterator(iter(strategy.experimental_distribute_dataset(data))) is not None
+        model = compiled(strategy, steps_per_execution=steps_per_execution)
+        fit(model, data, epochs=2)
+        weights.append(model.get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_an_idle_iterator_reads_ahead_on_the_host_only(strategy_of):

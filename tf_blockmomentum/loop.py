@@ -108,6 +108,7 @@ class BlockLoop:
         self.wants_to_leave = False  # and to end the process
         self._begun: Callable[[], None] | None = None
         self._epoch_begins = True
+        self._assignments = -1  # outside any step, when variables were looked through last
         self.begin_fit()
 
         self._step_fn = step_fn
@@ -295,7 +296,7 @@ class BlockLoop:
             built = [w for w, o in zip(self._wrappers, self.optimizers, strict=True) if o.built]
             others = [*variables(), *self.ending.rules.changed]
             start_alike(self._strategy, built, others, data)
-            self._epoch_begins = False
+            self._epoch_begins, self._assignments = False, -1
 
         self._begun = begun
 
@@ -309,9 +310,12 @@ class BlockLoop:
     def _notice_weights_set(self) -> None:
         """Weights that a callback has set, on all workers, are the new anchor."""
         optimizers, everything = self.optimizers, self._epoch_begins and self.at_anchor
-        self._epoch_begins = False
+        self._epoch_begins, assignments = False, _keras.assignments_outside()
+        if assignments == self._assignments and not everything:
+            return
         trained = [v for o in optimizers if o.built for v in o.trained_variables]
         assigned = _keras.take_assigned(trained)
+        self._assignments = assignments if trained else -1
         if not trained or not (assigned or everything):
             return
         if self.at_anchor:
@@ -339,7 +343,7 @@ class BlockLoop:
     def go_on(self, position: int) -> None:
         """Goes on in the middle of a block whose variables have been restored."""
         self._begun = None
-        self._epoch_begins = False
+        self._epoch_begins, self._assignments = False, -1
         self._position = position
         self.ending.go_on()
         self.ending.forget_assignments()

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import models as _models
+from tf_blockmomentum._private.tensorflow import plain_iterator
 from tf_blockmomentum.inputs import none_for_marks
 from tf_blockmomentum.local import NotBuilt
 from tf_blockmomentum.optimizer import find
@@ -40,6 +41,7 @@ class LocalSteps:
         self._after_step = after_step
         self.keep: Callable[[Any], Any] | None = None  # called with the Optional of each batch
         self.specs: Any = None  # of what a step returns, once one has been traced
+        self._loops = False  # whether an execution has been of several steps
         self._make()
 
     def _make(self) -> None:
@@ -49,11 +51,14 @@ class LocalSteps:
         self._one_step = make(self._take_one_step)
         self._from_iterator = make(self._loop_from_iterator)
         self._from_first = make(self._loop)
+        self._once_from_iterator = make(self._take_once_from_iterator)
+        self._once_from_first = make(self._take_once)
 
     def __call__(
         self, iterator: Any, count: int, first: Any = None, peek: bool = False
     ) -> tuple[int, Any, Any]:
-        """Takes up to `count` batches, the first one from the Optional `first` if given.
+        """Takes up to `count` batches, the first one from `first` if given, an Optional with a
+        value.
 
         Returns:
             The number of batches this worker had, an int; the last outputs of `step_fn`, averaged
@@ -65,23 +70,40 @@ class LocalSteps:
             return 1, outputs, None
         if tf.config.functions_run_eagerly():
             return self._eagerly(iterator, count, first, peek)
-        if first is None:
-            taken, *rest = self._from_iterator(iterator, tf.constant(count), peek)
-        else:
-            taken, *rest = self._from_first(iterator, tf.constant(count), first, peek)
-        return int(taken), *rest
+        # Loops and branches cost time for each variable that a step uses. Where there was a loop
+        # there will be more, and of a block whose last execution is one step, that step needs no
+        # functions of its own.
+        self._loops = self._loops or count > 1
+        if self._loops:
+            with on_host():
+                counted = tf.constant(count)
+            if first is None:
+                taken, *rest = self._from_iterator(iterator, counted, peek)
+            else:
+                taken, *rest = self._from_first(iterator, counted, first, peek)
+            return int(taken), *rest
+        try:
+            if first is None:
+                return 1, *self._once_from_iterator(iterator, peek)
+            return 1, *self._once_from_first(iterator, first, peek)
+        except tf.errors.OutOfRangeError:
+            return 0, None, None
 
     @property
     def traces(self) -> int:
         """How often its functions have been traced."""
-        functions = (self._one_step, self._from_iterator, self._from_first)
+        functions = (
+            self._one_step,
+            self._from_iterator,
+            self._from_first,
+            self._once_from_iterator,
+            self._once_from_first,
+        )
         return sum(function.experimental_get_tracing_count() for function in functions)
 
     def trace(self, iterator: Any, peek: bool = False) -> None:
         """Traces a step without taking it, so that all that can be known of it is known."""
-        self._building(
-            lambda: self._from_iterator.get_concrete_function(iterator, tf.constant(1), peek)
-        )
+        self._building(lambda: self._once_from_iterator.get_concrete_function(iterator, peek))
 
     def trace_spec(self, element_spec: Any) -> None:
         """As `trace`, where there is no iterator yet."""
@@ -176,25 +198,50 @@ class LocalSteps:
         with on_host():
             return outputs, taken[0] if len(taken) == 1 else tf.reduce_any(taken)
 
+    def _learn_specs(self, first: Any) -> list[Any]:
+        """A first look at one step tells what it returns, which branches and loops have to know;
+        the specs of that in a row."""
+        specs, _ = self._one_step.get_concrete_function(first.element_spec).structured_outputs
+        self.specs = specs
+        return [spec for spec in tf.nest.flatten(specs) if spec is not None]
+
+    def _step_on(self, batch: Any) -> tuple[list[Any], tf.Tensor]:
+        """One step on an Optional's value: what it returns, in a row, and whether that counts."""
+        if self.keep is not None:
+            self.keep(batch)
+        outputs, taken = self._one_step(batch.get_value())
+        return [tensor for tensor in tf.nest.flatten(outputs) if tensor is not None], taken
+
+    def _in_order(self, outputs: Any) -> Any:
+        """What was in a row, as a step returns it."""
+        found = iter(outputs)
+        return tf.nest.map_structure(lambda s: None if s is None else next(found), self.specs)
+
+    def _take_once(self, iterator: Any, first: Any, peek: bool) -> tuple[Any, Any]:
+        specs = self._learn_specs(first)
+        outputs, taken = self._step_on(first)
+        if outputs:
+            outputs = tf.cond(taken, lambda: outputs, lambda: [_zeros(spec) for spec in specs])
+        following = next_batch(iterator, self._strategy) if peek else None
+        return self._in_order(outputs), following
+
+    def _take_once_from_iterator(self, iterator: Any, peek: bool) -> tuple[Any, Any]:
+        with on_host():
+            first = tf.experimental.Optional.from_value(next_value(iterator, self._strategy))
+        return self._take_once(iterator, first, peek)
+
     def _loop(
         self, iterator: Any, count: tf.Tensor, first: Any, peek: bool
     ) -> tuple[tf.Tensor, Any, Any]:
-        # A first look at one step tells what it returns, which the loop has to know.
-        strategy, one_step = self._strategy, self._one_step
-        specs, _ = one_step.get_concrete_function(first.element_spec).structured_outputs
-        self.specs = specs
-        outputs = [_zeros(spec) for spec in tf.nest.flatten(specs) if spec is not None]
-        shapes = [spec.shape for spec in tf.nest.flatten(specs) if spec is not None]
+        strategy = self._strategy
+        specs = self._learn_specs(first)
 
         def more(i: Any, following: Any, _: Any) -> tf.Tensor:
             with on_host():
                 return tf.logical_and(i < count, following.has_value())
 
         def body(i: Any, following: Any, outputs: Any) -> Any:
-            if self.keep is not None:
-                self.keep(following)
-            new, taken = one_step(following.get_value())
-            new = [tensor for tensor in tf.nest.flatten(new) if tensor is not None]
+            new, taken = self._step_on(following)
             outputs = tf.cond(taken, lambda: new, lambda: outputs) if new else outputs
             if peek:
                 following = next_batch(iterator, strategy)
@@ -207,12 +254,15 @@ class LocalSteps:
         taken, following, outputs = tf.while_loop(
             more,
             body,
-            (tf.constant(0), first, outputs),
-            shape_invariants=(tf.TensorShape([]), tf.type_spec_from_value(first), shapes),
+            (tf.constant(0), first, [_zeros(spec) for spec in specs]),
+            shape_invariants=(
+                tf.TensorShape([]),
+                tf.type_spec_from_value(first),
+                [spec.shape for spec in specs],
+            ),
         )
-        found = iter(outputs)
-        outputs = tf.nest.map_structure(lambda s: None if s is None else next(found), specs)
-        return taken, outputs, following if peek else None
+        with on_host():
+            return tf.identity(taken), self._in_order(outputs), following if peek else None
 
     def _loop_from_iterator(
         self, iterator: Any, count: tf.Tensor, peek: bool
@@ -244,17 +294,33 @@ def _as_one_replica(
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """Around what decides where a graph goes on. On a GPU a boolean would wait in the queue for
-    all steps before it, and the host for the boolean, so that no step is launched ahead."""
+    """Around what decides where a graph goes on, and what Python reads of it after each execution.
+    On a GPU it would wait in the queue for all steps before it, and the host for it, so that no
+    step is launched ahead."""
     return tf.device("CPU:0")
+
+
+def next_value(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
+    """The iterator's next batch; at the end of data it fails, before anything that uses it."""
+    if not isinstance(strategy, BlockStrategy):
+        return iterator.get_next()
+    plain = plain_iterator(iterator)
+    if plain is not None:
+        return plain.get_next()
+    with strategy.local_input():
+        return iterator.get_next()
 
 
 def next_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
     """The iterator's next batch as an Optional, asking this worker only."""
-    if isinstance(strategy, BlockStrategy):
-        with strategy.local_input():
-            return iterator.get_next_as_optional()
-    return iterator.get_next_as_optional()
+    if not isinstance(strategy, BlockStrategy):
+        return iterator.get_next_as_optional()
+    plain = plain_iterator(iterator)
+    if plain is not None:
+        with on_host():
+            return plain.get_next_as_optional()
+    with strategy.local_input():
+        return iterator.get_next_as_optional()
 
 
 def resolve_jit(jit_compile: bool | str) -> bool:

@@ -19,6 +19,7 @@ from tf_blockmomentum import memory, progress
 from tf_blockmomentum._private.tensorflow import (
     as_a_number,
     broadcast_initial_values_of_any_dtype,
+    read_by_one_device,
     remembering,
     set_heartbeat,
     wire_dtype,
@@ -178,7 +179,10 @@ class BlockStrategy(tf.distribute.Strategy):
         if not self._any_batch:
             check_global_batch(size if size > 0 else None, self)  # -1: TensorFlow cannot tell
         if options is None:
-            dataset, options = dataset.prefetch(1), no_device_buffer()
+            dataset = super().experimental_distribute_dataset(
+                dataset.prefetch(1), no_device_buffer()
+            )
+            return read_by_one_device(dataset, self)
         return super().experimental_distribute_dataset(dataset, options)
 
     def distribute_datasets_from_function(
@@ -188,7 +192,8 @@ class BlockStrategy(tf.distribute.Strategy):
     ) -> tf.distribute.DistributedDataset:
         """As in TensorFlow; nothing is read ahead but what the dataset itself prefetches."""
         if options is None:
-            options = no_device_buffer()
+            dataset = super().distribute_datasets_from_function(dataset_fn, no_device_buffer())
+            return read_by_one_device(dataset, self)
         return super().distribute_datasets_from_function(dataset_fn, options)
 
 

@@ -179,6 +179,7 @@ def track_block_count(optimizer: Any) -> Any:
 _watchers: list[Callable[[Any, Any], None]] = []
 # By id, and weakly: the id of one that is no more may be a new one's.
 _assigned_outside: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_assignments = [0]  # how many
 
 
 def _watch_assignments() -> None:
@@ -196,6 +197,7 @@ def _watch_assignments() -> None:
             watcher(self, value)
         if not _watchers and tf.executing_eagerly():
             _assigned_outside[id(self)] = self
+            _assignments[0] += 1
         return original(self, value)
 
     assign._tfbm_original = original  # type: ignore[attr-defined]
@@ -213,6 +215,12 @@ def assignments_told_to(watcher: Callable[[Any, Any], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watcher)
+
+
+def assignments_outside() -> int:
+    """How many there have been outside any step. While there are no more, a step need not look
+    through all variables."""
+    return _assignments[0]
 
 
 def take_assigned(variables: Iterable[Any]) -> list[Any]:

@@ -25,6 +25,33 @@ def set_heartbeat(seconds: float) -> None:
     )
 
 
+def read_by_one_device(dataset: Any, strategy: Any) -> Any:
+    """A distributed dataset, read by a plain iterator if this worker has one device.
+
+    TensorFlow's iterator for several devices hands each batch through a remote call, a generator
+    and three threads, also where there is one device: half a millisecond a batch on a busy CPU.
+    Which iterator it takes hangs on the options, and those that mean a plain one cannot be given
+    for a dataset that TensorFlow shall shard.
+    """
+    if len(strategy.extended.worker_devices) == 1:
+        dataset._options = tf.distribute.InputOptions(
+            experimental_fetch_to_device=False,
+            experimental_replication_mode=tf.distribute.InputReplicationMode.PER_REPLICA,
+        )
+    return dataset
+
+
+def plain_iterator(iterator: Any) -> Any:
+    """The plain iterator that a distributed one of one device reads (`read_by_one_device`).
+
+    Asking the distributed one, a batch goes through three branches, one of which brings it to the
+    device and would have to bring it back for the next to look at it.
+    """
+    parts: Any = getattr(iterator, "_iterators", ())
+    part = getattr(parts[0], "_iterator", None) if len(parts) == 1 else None
+    return part if isinstance(part, tf.data.Iterator) else None
+
+
 def as_a_number(variable: Any) -> Any:
     """Lets `int(variable)` and `float(variable)` work for a variable of several replicas.
 
