@@ -653,7 +653,7 @@ def test_other_replicas(tmp_path, strategy_of, before, after, capfd):
     assert checked > 20 * after
 
 
-def test_progress_of_callbacks(tmp_path):
+def test_progress_of_callbacks(tmp_path, capfd):
     """EarlyStopping's patience and ReduceLROnPlateau's go on as if never stopped."""
 
     def run(directory, stop_after=None):
@@ -685,8 +685,10 @@ def test_progress_of_callbacks(tmp_path):
     assert history.epoch == [0, 1, 2, 3, 4, 5]  # those before the stop, too
     assert float(model.optimizer.learning_rate) == float(expected.optimizer.learning_rate) < 0.1
     same_weights(model.get_weights(), expected.get_weights())
+    capfd.readouterr()
     history, _ = run(tmp_path / "stopped")  # stopped early it stays
     assert history.epoch == [0, 1, 2, 3, 4, 5]
+    assert "this fit has ended already, after 6 epochs" in capfd.readouterr().err
 
 
 # -- poison ---------------------------------------------------------------------------------------

@@ -75,7 +75,12 @@ def test_a_slow_link():
     (sentence,) = advice(**SLOW_LINK, compression="int8", overlap=True)
     assert set(gains(sentence)) <= {"K=16", "K=32", "K=64", "K=128"}
     _, drift = advice(**SLOW_LINK | {"drift": 0.004})
-    assert drift == "The drift is 0.004, which says that K may grow."
+    assert drift == "The drift is 0.004, which says that K may grow at this learning rate."
+    # Of an epoch of 80 steps 16 is the largest K that leaves it some blocks.
+    (sentence,) = advice(**SLOW_LINK, epoch_steps=80)
+    assert "K=16 would" in sentence
+    (sentence,) = advice(**SLOW_LINK | {"drift": 0.004}, epoch_steps=50)
+    assert "K=" not in sentence
     for sentence in advice(**SLOW_LINK | {"drift": 0.2}):
         assert "K=128" not in sentence  # they drift apart already
     # Waiting for a slow worker is not the network's.

@@ -20,6 +20,7 @@ from tf_blockmomentum._private.trainer import fit_of
 from tf_blockmomentum.backup.pieces import Piece, to_bytes
 from tf_blockmomentum.backup.restoring import (
     check_variables,
+    described_start,
     own_values,
     progress_of,
     redistributed,
@@ -219,7 +220,7 @@ class BlockBackup(keras.callbacks.Callback):
         if self._loop.ending.leaving:
             self._loop.ending.drop()
             if self._worker == 0:
-                text = "BlockBackup: leaving after SIGTERM, with a backup; start again to go on"
+                text = "BlockBackup: leaving as asked, with a backup; start again to go on"
                 print(text, file=sys.stderr, flush=True)
             raise SystemExit(128 + signal.SIGTERM)
 
@@ -345,14 +346,9 @@ class BlockBackup(keras.callbacks.Callback):
         over = meta["stopped"] and step == 0
         set_initial_epoch(model, self.params["epochs"] if over else meta["epoch"])
         if self._worker == 0:
-            text = f"BlockBackup: going on from {pieces[0].path.parent}"
-            if not exact:
-                text += (
-                    f" of {meta['workers']} workers ({meta['all_replicas']} replicas) on "
-                    f"{self._workers} ({self._strategy.num_replicas_in_sync}): weights, anchor, "
-                    "velocity and counters as they were, a replica's own state another's or new"
-                )
-            print(f"{text}; epoch {meta['epoch'] + 1}, step {step}", file=sys.stderr, flush=True)
+            now = None if exact else (self._workers, self._strategy.num_replicas_in_sync)
+            text = described_start(pieces[0], self.params["epochs"], over, now)
+            print(f"BlockBackup: {text}", file=sys.stderr, flush=True)
 
     @property
     def _described(self) -> list[list[Any]]:

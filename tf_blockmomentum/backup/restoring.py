@@ -102,3 +102,29 @@ def restore_callbacks(piece: Piece, callbacks: Sequence[Any]) -> None:
             if owner == f"callback-{n}":
                 lists.setdefault(rest.rpartition("/")[0], []).append(piece[name])
         vars(callback).update(lists)
+
+
+def described_start(
+    piece: Piece, epochs: int, over: bool, others: tuple[int, int] | None = None
+) -> str:
+    """What a fit of so many epochs says that begins with a backup.
+
+    Args:
+        over: whether the fit before had come to its end, maybe before its last epoch.
+        others: workers and replicas of this fit, if they are not those of the backup.
+    """
+    meta, path = piece.meta, piece.path.parent
+    if meta["step"] == 0 and (over or meta["epoch"] >= epochs):
+        more = "" if over else f"epochs={epochs} asks for no more, "
+        return (
+            f"this fit has ended already, after {meta['epoch']} epochs: the model is as in "
+            f"{path}; {more}another directory begins anew"
+        )
+    text = f"going on from {path}"
+    if others is not None:
+        text += (
+            f" of {meta['workers']} workers ({meta['all_replicas']} replicas) on {others[0]} "
+            f"({others[1]}): weights, anchor, velocity and counters as they were, a replica's own "
+            "state another's or new"
+        )
+    return f"{text}; epoch {meta['epoch'] + 1}, step {meta['step']}"

@@ -15,6 +15,7 @@ AGAINST = -0.1  # cosine of velocity and mean delta
 TAKES_BACK = 0.5  # of what 1 - beta takes from the velocity, the deltas take as much again
 GAIN = 1.05  # a change that makes a run less than this times as fast is not worth a word
 LARGEST_PERIOD = 256
+BLOCKS_AN_EPOCH = 4  # at least, of a K that is proposed
 FEW = 4  # boundaries that say something
 
 
@@ -43,6 +44,7 @@ class Measured:
         delta: norm of the mean delta, mean.
         velocity: norm of the velocity, mean.
         cosine: of the velocity and the mean delta that is added to it, mean; NaN: not known.
+        epoch_steps: local steps of an epoch.
     """
 
     sync_period: float
@@ -62,6 +64,13 @@ class Measured:
     delta: float = math.nan
     velocity: float = math.nan
     cosine: float = math.nan
+    epoch_steps: float = math.inf
+
+    @property
+    def longest(self) -> int:
+        """The largest K worth a word: an epoch should have some blocks."""
+        most = min(LARGEST_PERIOD, self.epoch_steps / BLOCKS_AN_EPOCH)
+        return max(int(most), round(self.sync_period), 1)
 
     @property
     def workers(self) -> int:
@@ -165,11 +174,11 @@ def _longer_period(m: Measured, cost: CostModel, period: int) -> int:
     if m.drift >= LARGE_DRIFT / 2:
         return period
     model, longer = cost.compressed(m.compression), period
-    while longer < LARGEST_PERIOD and (
+    while 2 * longer <= m.longest and (
         longer == period or model.share(longer, m.workers, m.overlap) < 1 - MUCH
     ):
         longer *= 2
-    return min(longer, max(LARGEST_PERIOD, period))
+    return longer
 
 
 def _drift(m: Measured) -> str:
@@ -182,8 +191,8 @@ def _drift(m: Measured) -> str:
             f"workers' data too unlike. Try K={max(round(m.sync_period / 2), 1)}, a lower "
             "learning rate, or shuffle before the data is shared out."
         )
-    if m.drift < SMALL_DRIFT and m.communicating >= MUCH:
-        return f"The drift is {m.drift:.2g}, which says that K may grow."
+    if m.drift < SMALL_DRIFT and m.communicating >= MUCH and m.longest >= 2 * m.sync_period:
+        return f"The drift is {m.drift:.2g}, which says that K may grow at this learning rate."
     return ""
 
 

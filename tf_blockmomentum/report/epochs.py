@@ -160,6 +160,7 @@ def measured(
         delta=mean([e.delta for e in last]),
         velocity=mean([e.velocity for e in last]),
         cosine=mean([e.cosine for e in last]),
+        epoch_steps=mean([e.boundaries * e.period for e in last]),
     )
 
 
