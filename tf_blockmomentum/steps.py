@@ -57,8 +57,7 @@ class LocalSteps:
     def __call__(
         self, iterator: Any, count: int, first: Any = None, peek: bool = False
     ) -> tuple[int, Any, Any]:
-        """Takes up to `count` batches, the first one from `first` if given, an Optional with a
-        value.
+        """Takes up to `count` batches, the first one from the Optional `first` if given.
 
         Returns:
             The number of batches this worker had, an int; the last outputs of `step_fn`, averaged
@@ -70,9 +69,8 @@ class LocalSteps:
             return 1, outputs, None
         if tf.config.functions_run_eagerly():
             return self._eagerly(iterator, count, first, peek)
-        # Loops and branches cost time for each variable that a step uses. Where there was a loop
-        # there will be more, and of a block whose last execution is one step, that step needs no
-        # functions of its own.
+        # A loop costs time at each step. Where there was one there will be more, and of a block
+        # whose last execution is one step, that step needs no functions of its own.
         self._loops = self._loops or count > 1
         if self._loops:
             with on_host():
@@ -81,13 +79,11 @@ class LocalSteps:
                 taken, *rest = self._from_iterator(iterator, counted, peek)
             else:
                 taken, *rest = self._from_first(iterator, counted, first, peek)
-            return int(taken), *rest
-        try:
-            if first is None:
-                return 1, *self._once_from_iterator(iterator, peek)
-            return 1, *self._once_from_first(iterator, first, peek)
-        except tf.errors.OutOfRangeError:
-            return 0, None, None
+        elif first is None:
+            taken, *rest = self._once_from_iterator(iterator, peek)
+        else:
+            taken, *rest = self._once_from_first(iterator, first, peek)
+        return int(taken), *rest
 
     @property
     def traces(self) -> int:
@@ -217,18 +213,30 @@ class LocalSteps:
         found = iter(outputs)
         return tf.nest.map_structure(lambda s: None if s is None else next(found), self.specs)
 
-    def _take_once(self, iterator: Any, first: Any, peek: bool) -> tuple[Any, Any]:
-        specs = self._learn_specs(first)
-        outputs, taken = self._step_on(first)
-        if outputs:
-            outputs = tf.cond(taken, lambda: outputs, lambda: [_zeros(spec) for spec in specs])
-        following = next_batch(iterator, self._strategy) if peek else None
-        return self._in_order(outputs), following
+    def _take_once(self, iterator: Any, first: Any, peek: bool) -> tuple[tf.Tensor, Any, Any]:
+        zeros = [_zeros(spec) for spec in self._learn_specs(first)]
 
-    def _take_once_from_iterator(self, iterator: Any, peek: bool) -> tuple[Any, Any]:
+        def step() -> Any:
+            outputs, taken = self._step_on(first)
+            if outputs:
+                outputs = tf.cond(taken, lambda: outputs, lambda: zeros)
+            with on_host():
+                return tf.constant(1), outputs
+
+        def nothing() -> Any:
+            with on_host():
+                return tf.constant(0), zeros
+
+        # What failed for want of data would be late: a step may count before it uses its batch.
         with on_host():
-            first = tf.experimental.Optional.from_value(next_value(iterator, self._strategy))
-        return self._take_once(iterator, first, peek)
+            some = first.has_value()
+        taken, outputs = tf.cond(some, step, nothing)
+        following = next_batch(iterator, self._strategy) if peek else None
+        with on_host():
+            return tf.identity(taken), self._in_order(outputs), following
+
+    def _take_once_from_iterator(self, iterator: Any, peek: bool) -> tuple[tf.Tensor, Any, Any]:
+        return self._take_once(iterator, next_batch(iterator, self._strategy), peek)
 
     def _loop(
         self, iterator: Any, count: tf.Tensor, first: Any, peek: bool
@@ -298,17 +306,6 @@ def on_host() -> contextlib.AbstractContextManager[Any]:
     On a GPU it would wait in the queue for all steps before it, and the host for it, so that no
     step is launched ahead."""
     return tf.device("CPU:0")
-
-
-def next_value(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
-    """The iterator's next batch; at the end of data it fails, before anything that uses it."""
-    if not isinstance(strategy, BlockStrategy):
-        return iterator.get_next()
-    plain = plain_iterator(iterator)
-    if plain is not None:
-        return plain.get_next()
-    with strategy.local_input():
-        return iterator.get_next()
 
 
 def next_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
