@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_blockmomentum import memory, progress
+from tf_blockmomentum import process, progress
 from tf_blockmomentum._private.tensorflow import (
     as_a_number,
     broadcast_initial_values_of_any_dtype,
@@ -64,7 +64,7 @@ class BlockStrategy(tf.distribute.Strategy):
     _one_replica = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        memory.keep()  # before there are threads that allocate
+        process.keep_memory()  # before there are threads that allocate
         super().__init__(*args, **kwargs)
 
     def meeting(self, place: str) -> contextlib.AbstractContextManager[Any]:

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 
-from tf_blockmomentum import memory
+from tf_blockmomentum import process
 
 # Intra-op, inter-op, and what NumPy's BLAS and other OpenMP libraries go by.
 THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
@@ -44,7 +44,7 @@ def share_out(
     given = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
     common = {name: value for name, value in wanted.items() if name not in os.environ}
     says_threads = bool(common)
-    common |= memory.settings(os.environ, each)
+    common |= process.memory_settings(os.environ, each)
     said = f"{_count(workers, 'worker')} on {_count(available, 'core')}"
     if says_threads:
         said += f", {_count(each, 'thread')} each"

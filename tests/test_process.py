@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tf_blockmomentum import memory
+from tf_blockmomentum import process
 
 PROGRAM = """
 import resource
@@ -41,8 +41,8 @@ def test_memory_that_is_freed_is_kept(given):
 
 
 def test_what_a_worker_is_told():
-    told = memory.settings({}, 1)
+    told = process.memory_settings({}, 1)
     assert told["MALLOC_ARENA_MAX"] == "1"
     for user in ("MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
-        assert memory.settings({user: "x"}, 1) == {}
-    assert memory.settings({}, 64) == {}  # threads of many cores would wait for one arena
+        assert process.memory_settings({user: "x"}, 1) == {}
+    assert process.memory_settings({}, 64) == {}  # threads of many cores would wait for one arena
