@@ -1,4 +1,4 @@
-"""What glibc is told, and that the user's word wins."""
+"""What glibc and TensorFlow are told, and that the user's word wins."""
 
 import os
 import re
@@ -46,3 +46,33 @@ def test_what_a_worker_is_told():
     for user in ("MALLOC_ARENA_MAX", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD"):
         assert process.memory_settings({user: "x"}, 1) == {}
     assert process.memory_settings({}, 64) == {}  # threads of many cores would wait for one arena
+
+
+THREADS = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import tensorflow as tf
+import tf_blockmomentum as tfbm
+
+tf.config.threading.set_inter_op_parallelism_threads(int(os.environ.get("OWN", 0)))
+tfbm.MultiWorkerBlockStrategy()
+print("threads", tf.config.threading.get_inter_op_parallelism_threads())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity")
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [
+        ({}, 2),
+        pytest.param({"OWN": "1"}, 1, marks=pytest.mark.slow),
+        pytest.param({process.INTEROP: "1"}, 0, marks=pytest.mark.slow),  # not told anything
+    ],
+)
+def test_messages_do_not_wait_for_a_step_on_the_only_core(given, threads):
+    environment = {k: v for k, v in os.environ.items() if k != process.INTEROP} | given
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert f"threads {threads}\n" in done.stdout

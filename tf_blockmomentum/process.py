@@ -1,10 +1,15 @@
-"""How glibc gives memory back to the system: later than it would.
+"""What a process is told before TensorFlow has threads: to keep memory, and how many of them.
 
 Under a strategy TensorFlow's steps on a CPU free and allocate the same large buffers again and
 again on threads of its own. glibc returns such memory to the system at once, and every step pays
 for fresh pages: up to a quarter of a step of ResNet50. One arena that keeps what it has pays once.
+
+A process with one core gets one inter-op thread, on which all operations run in turn: what arrives
+from other workers waits until the operation of a local step is over, some milliseconds for each
+message, and the link waits too. A second thread lets it through (docs/measured.md: by how much).
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -18,9 +23,11 @@ _SETTINGS = {
     "MALLOC_TOP_PAD_": (-2, 64 << 20),
 }
 _MOST_CORES = 8  # threads of more would wait for one another
+INTEROP = "TF_NUM_INTEROP_THREADS"
+LEAST_INTEROP = 2  # one for steps, and one for messages
 
 
-def settings(environment: Mapping[str, str], cores: int) -> dict[str, str]:
+def memory_settings(environment: Mapping[str, str], cores: int) -> dict[str, str]:
     """What a new process may be told in its environment; nothing if that says something of
     malloc already (or brings another one), or for many cores."""
     told = any(name in environment for name in (*_SETTINGS, "GLIBC_TUNABLES", "LD_PRELOAD"))
@@ -29,11 +36,26 @@ def settings(environment: Mapping[str, str], cores: int) -> dict[str, str]:
     return {name: str(value) for name, (_, value) in _SETTINGS.items()}
 
 
-def keep() -> None:
+def keep_memory() -> None:
     """The same for this process, from now on."""
-    if not settings(os.environ, len(os.sched_getaffinity(0)) if sys.platform == "linux" else 0):
+    if not memory_settings(os.environ, _cores() if sys.platform == "linux" else 0):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         for option, value in _SETTINGS.values():
             mallopt(option, value)
+
+
+def let_messages_through() -> None:
+    """At least two inter-op threads, unless the user has said how many."""
+    from tensorflow.config import threading  # not above: the launcher has no use for it
+
+    if INTEROP in os.environ or threading.get_inter_op_parallelism_threads() or _cores() > 1:
+        return
+    with contextlib.suppress(RuntimeError):  # TensorFlow has its threads already
+        threading.set_inter_op_parallelism_threads(LEAST_INTEROP)
+
+
+def _cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

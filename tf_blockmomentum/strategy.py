@@ -266,6 +266,7 @@ class MultiWorkerBlockStrategy(BlockStrategy, tf.distribute.MultiWorkerMirroredS
         heartbeat = os.environ.get("TFBM_HEARTBEAT")
         if heartbeat:
             set_heartbeat(float(heartbeat))  # the cluster starts with the lines below
+        process.let_messages_through()
         progress.note(progress.JOINING)
         try:
             super().__init__(

@@ -11,7 +11,7 @@ import subprocess
 from tf_blockmomentum import process
 
 # Intra-op, inter-op, and what NumPy's BLAS and other OpenMP libraries go by.
-THREADS = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+THREADS = ("TF_NUM_INTRAOP_THREADS", process.INTEROP, "OMP_NUM_THREADS")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 GROWTH = "TF_FORCE_GPU_ALLOW_GROWTH"
 
@@ -39,8 +39,9 @@ def share_out(
     available = cores()
     each = threads or max(1, available // workers)
     wanted = dict.fromkeys(THREADS, str(each))
-    # Each GPU of a worker is a replica, which may block a thread while it waits for another.
-    wanted[THREADS[1]] = str(max(each, len(own_gpus[0])))
+    # Messages do not wait for steps; and each GPU of a worker is a replica, which may block a
+    # thread while it waits for another.
+    wanted[process.INTEROP] = str(max(each, process.LEAST_INTEROP, len(own_gpus[0])))
     given = [f"{name}={os.environ[name]}" for name in THREADS if name in os.environ]
     common = {name: value for name, value in wanted.items() if name not in os.environ}
     says_threads = bool(common)
