@@ -9,7 +9,8 @@ those that are missing. `--report` makes the tables and plots from the records a
 beta where a method has one, are chosen by a search on seeds that are not reported.
 
 P replicas are P logical devices of one process: what is measured is how training goes over
-samples, not how long it takes (benchmarks/speed.py does that).
+samples, not how long it takes; but for the study `target`, which has real workers and links (and
+needs root, and a machine that does nothing else).
 """
 
 import argparse
@@ -74,9 +75,11 @@ LANGUAGE = {
     ),
 }
 TASK: dict[str, dict] = {"images": {4: IMAGES}, "language": LANGUAGE}
+OPTIONS = ("overlap=0.25", "overlap=0.5", "overlap=1", "float16", "int8", "int4",
+           "overlap=0.5, int4")  # fmt: skip
 QUICK_REPLICAS = 2
 QUICK = ((0, 1), (SEARCH,), 3)  # seeds, those of the search, rates of a search at most
-STUDIES = ("momentum", "images", "language", "options")
+STUDIES = ("momentum", "images", "language", "options", "target")
 
 
 def tuned(cells, task, replicas, of, seeds=SEEDS, search=(SEARCH,), most=7):
@@ -137,19 +140,26 @@ def quick_cells(study):
 
 
 def options_cells(quick):
-    """What an option costs: settings of M-AVG on digits but for the seed, at one rate."""
-    base = {"task": "digits", "replicas": QUICK_REPLICAS if quick else 4}
-    ways = ("", "overlap=0.25", "overlap=1", "float16", "int8", "int4")
-    shards = ("by class", "by class, overlap=0.25", "by class, overlap=1")
-    for option in ("int4",) if quick else ways + shards:
-        for period, beta in ((8, 0.5),) if quick else itertools.product((8, 32), (0.0, 0.5)):
-            own = {"sync_period": period, "block_momentum": beta, "rate": 0.4, "option": option}
-            yield {**base, **own, "method": "M-AVG" if beta else "K-AVG"}
+    """What an option costs: settings of M-AVG on digits but for the seed, at one rate, each with
+    the seeds that it is run with."""
+    base = {"task": "digits", "replicas": QUICK_REPLICAS if quick else 4, "rate": 0.4}
+    own_cells = [("", k, way) for way in ("", *OPTIONS) for k in (8, 32)]
+    by_class = [("by class", k, way) for _, k, way in own_cells]
+    network = [("CNN", k, way) for _, k, way in own_cells if k == 8]
+    every = [("", 8, "int4")] if quick else own_cells + by_class + network
+    for where, period, way in every:
+        option = ", ".join(part for part in (where, way) if part)
+        own = {"sync_period": period, "block_momentum": 0.5, "option": option}
+        yield {**base, **own, "method": "M-AVG"}, SEEDS if quick else range(5)
+    without = () if quick else ("", "overlap=0.25", "overlap=1", "float16", "int8", "int4")
+    for option, period in itertools.product(without, (8, 32)):
+        own = {"sync_period": period, "block_momentum": 0.0, "option": option}
+        yield {**base, **own, "method": "K-AVG"}, SEEDS
     for inner, rate in () if quick else (("momentum", 0.1), ("adam", 0.003)):
         for state, beta in itertools.product(("keep", "reset", "average"), (0.0, 0.5, 0.8)):
             own = {"sync_period": 8, "block_momentum": beta, "rate": rate}
             own["option"] = f"{inner} inside, {state}"
-            yield {**base, **own, "method": "M-AVG" if beta else "K-AVG"}
+            yield {**base, **own, "method": "M-AVG" if beta else "K-AVG"}, SEEDS
 
 
 def run_options(study, replicas, path, quick):
@@ -158,8 +168,8 @@ def run_options(study, replicas, path, quick):
 
     evidence_training.start_devices(replicas)
     records, trainers = Records(path), evidence_training.Trainers(quick)
-    for cell in options_cells(quick):
-        for seed in SEEDS:
+    for cell, seeds in options_cells(quick):
+        for seed in seeds:
             if records.get({**cell, "seed": seed}) is None:
                 records.add([trainers.run({**cell, "seed": seed})])
 
@@ -171,10 +181,21 @@ def run_momentum(study, replicas, path, quick):
     evidence_sweep.study(replicas, Records(path), quick)
 
 
+def run_target(study, replicas, path, quick):
+    """The runs to a target that are not recorded yet, with so many real workers."""
+    import evidence_target
+
+    evidence_target.study(replicas, Records(path), quick)
+
+
 def parts(study, quick):
     """What a study is made of, to be run in any order: (function, P)."""
     if study == "momentum":
         return [(run_momentum, p) for p in ((4, 1) if quick else (4, 16, 1, 8, 2))]
+    if study == "target":
+        import evidence_target
+
+        return [(run_target, p) for p in ((2,) if quick else evidence_target.WORKERS)]
     if study == "options":
         return [(run_options, QUICK_REPLICAS if quick else 4)]
     return [(run_tuned, p) for p in ((QUICK_REPLICAS,) if quick else TASK[study])]

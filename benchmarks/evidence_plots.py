@@ -80,3 +80,37 @@ def momentum(swept, path):
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
+
+
+def target(found, path):
+    """How many times as fast as synchronous training, a panel for each number of workers.
+
+    Args:
+        found: {(workers, link, option): (lower end, middle, upper end)}.
+    """
+    panels = sorted({workers for workers, _, _ in found}) or [2]
+    links = list(dict.fromkeys(link for _, link, _ in found))
+    options = list(dict.fromkeys(option for _, _, option in found))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    width = 0.8 / max(1, len(options))
+    for axis, workers in zip(axes[0], panels, strict=True):
+        for i, option in enumerate(options):
+            own = [(n, found.get((workers, link, option))) for n, link in enumerate(links)]
+            own = [(n, times) for n, times in own if times]
+            middle = np.array([times[1] for _, times in own])
+            error = np.abs(np.array([[times[0], times[2]] for _, times in own]).T - middle)
+            places = [n + (i - (len(options) - 1) / 2) * width for n, _ in own]
+            label = "M-AVG" + (f", {option}" if option else "") if axis is axes[0, 0] else None
+            axis.bar(places, middle, width, yerr=error, capsize=2, label=label)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_xticks(range(len(links)), links)
+        axis.set_title(f"{workers} workers")
+        if found:
+            logarithmic(axis.yaxis, (1, 2, 5))
+    axes[0, 0].set_ylabel("times as fast as synchronous SGD")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)

@@ -10,11 +10,11 @@ from typing import Any
 SETTING = (
     "task", "method", "replicas", "sync_period", "block_momentum", "rate", "option", "seed",
 )  # fmt: skip
-# What came of it: losses are in nats (the language's are bits per byte), the last two are curves
-# over training, a number an evaluation.
+# What came of it: losses are in nats (the language's are bits per byte), `samples` and `curve` go
+# over training, a number an evaluation; `seconds` are to a target, empty where it was not reached.
 RESULT = (
     "date", "boundaries", "training_loss", "validation_loss", "validation_accuracy", "test_loss",
-    "test_accuracy", "samples", "curve",
+    "test_accuracy", "samples", "curve", "seconds",
 )  # fmt: skip
 SEARCH = 100  # seeds from here on choose rates and beta; what is reported has others
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import evidence_plots
 import evidence_sweep
+import evidence_target
 import numpy as np
 from evidence import QUICK_REPLICAS, SEEDS, STUDIES, TASK, options_cells, quick_cells
 from evidence_records import SEARCH, Records
@@ -84,6 +85,7 @@ def write(records, folder, quick=False):
         "runs": f"{sum(len(own.rows) for own in found.values()):,}",
         "momentum": momentum(swept, folder),
         "options": options(found["options"], quick),
+        "target": target(found["target"], folder),
         **{name: study(name, cells, folder) for name, cells in studies.items()},
     }
     text = (Path(__file__).parent / "evidence_template.md").read_text()
@@ -207,9 +209,10 @@ def good_betas(of):
 def option_losses(records, quick):
     """{(option, K, beta): test losses} of what is recorded."""
     losses = {}
-    for cell in options_cells(quick):
-        runs = [records.get({**cell, "seed": seed}) for seed in SEEDS]
-        if None not in runs:
+    for cell, seeds in options_cells(quick):
+        runs = [records.get({**cell, "seed": seed}) for seed in seeds]
+        runs = [run for run in runs if run is not None]
+        if len(runs) >= (1 if quick else len(SEEDS)):
             place = cell["option"], cell["sync_period"], cell["block_momentum"]
             losses[place] = np.array([float(run["test_loss"] or math.inf) for run in runs])
     return losses
@@ -232,13 +235,16 @@ def without_options(records, quick):
     places = sorted({(k, beta) for _, k, beta in losses})
     rows = []
     for option in dict.fromkeys(option for option, _, _ in losses):
-        without = "by class" if option.startswith("by class, ") else ""
+        base = option.partition(", ")[0]
+        without = base if base in ("by class", "CNN") else ""
         row = [option or "none"]
         for k, beta in places:
             ours, theirs = losses.get((option, k, beta)), losses.get((without, k, beta))
             cell = "" if ours is None else mean_cell(ours)
-            if ours is not None and theirs is not None and option:
-                cell += f"; {paired(ours, theirs)}"
+            if ours is not None and theirs is not None and option not in ("", without):
+                n = min(len(ours), len(theirs))
+                ratio = np.mean(ours[:n]) / np.mean(theirs[:n])
+                cell += f"; {ratio:.3f} times {paired(ours[:n], theirs[:n])}"
             row.append(cell)
         rows.append(row)
     return ["option", *(f"K={k}, beta={beta:g}" for k, beta in places)], rows
@@ -252,6 +258,46 @@ def inner_state(records, quick):
         found = [losses.get((f"{inner} inside, {state}", 8, beta)) for state in states]
         rows.append([inner, f"{beta:g}", *("" if f is None else mean_cell(f) for f in found)])
     return ["inner optimizer", "beta", *states], rows
+
+
+# -- time to a target -----------------------------------------------------------------------------
+
+
+def target(records, folder):
+    """Seconds to the target by workers and link, and how many times as fast as synchronous
+    training, with an interval over seeds."""
+    found, rows = {}, []
+    for workers in evidence_target.WORKERS:
+        for link in evidence_target.LINKS:
+            of = {
+                option: evidence_target.seconds(workers, link, option, records)
+                for option in (None, *evidence_target.BLOCKS)
+            }
+            if not of[None]:
+                continue
+            row = [workers, link, seconds_cell(of[None])]
+            for option in evidence_target.BLOCKS:
+                pairs = [(of[None][s], own) for s, own in of[option].items() if s in of[None]]
+                ratios = np.array([theirs / ours for theirs, ours in pairs if ours and theirs])
+                row.append(seconds_cell(of[option]))
+                if len(ratios) > 1:
+                    middle, half = np.log(ratios).mean(), half_width(np.log(ratios))
+                    times = [math.exp(middle + n * half) for n in (-1, 0, 1)]
+                    found[workers, link, option] = times
+                    row[-1] += "; {1:.1f} times as fast ({0:.1f} to {2:.1f})".format(*times)
+            rows.append(row)
+    evidence_plots.target(found, folder / "evidence_target.png")
+    names = ["M-AVG", *(f"with {option}" for option in evidence_target.BLOCKS[1:])]
+    return table(["workers", "link", "synchronous SGD", *names], rows)
+
+
+def seconds_cell(of):
+    """The mean over seeds, and how many there are that came to the target."""
+    reached = [seconds for seconds in of.values() if seconds]
+    if not reached:
+        return ""
+    missing = f", {len(of) - len(reached)} of {len(of)} never" if len(reached) < len(of) else ""
+    return f"{np.mean(reached):.3g} s{missing}"
 
 
 # -- numbers --------------------------------------------------------------------------------------

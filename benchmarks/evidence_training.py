@@ -101,7 +101,8 @@ class Trainer:
         self.steps = task.samples // self.per_step
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         with strategy.scope():
-            model = task.network()
+            self.network = task.other if "CNN" in parts else task.network
+            model = self.network()
             self.peak = keras.Variable(0.0, trainable=False)
             inside = [part.removesuffix(" inside") for part in parts if part.endswith(" inside")]
             inner = inner_optimizer(
@@ -136,7 +137,7 @@ class Trainer:
 
         import tf_blockmomentum as tfbm
 
-        self.alone = alone = self.task.network()
+        self.alone = alone = self.network()
         idle = tfbm.BlockMomentum(keras.optimizers.SGD(0.0), 1, 0.0)
         idle.build(alone.trainable_variables)
 
@@ -165,7 +166,7 @@ class Trainer:
         if optimizer.block_momentum not in (None, setting["block_momentum"]):
             optimizer.block_momentum = setting["block_momentum"]  # which compiles anew
         keras.utils.set_random_seed(seed)
-        self.model.set_weights(self.task.network().get_weights())
+        self.model.set_weights(self.network().get_weights())
         optimizer.restart_block()
 
         order, searching = self.order(setting), seed >= SEARCH

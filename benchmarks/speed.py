@@ -28,7 +28,8 @@ MODELS = ("mlp", "resnet", "transformer")
 WIDTHS = (784, 1536, 1536, 768, 10)  # 19 MB of float32
 NO_SYNC = 10**9  # a block that never ends
 FIELDS = ("model", "workers", "link", "family", "method", "k", "steps", "step_seconds",
-          "wire_bytes", "model_bytes", "memory", "target_steps")  # fmt: skip
+          "wire_bytes", "model_bytes", "memory", "target_steps", "variables", "boundary_seconds",
+          "first_seconds", "first_boundary_seconds")  # fmt: skip
 PLAIN = "Keras fit, no strategy"  # in as many processes that do not know of each other
 OVERLAPS, CODES = (False, 0.5, 1.0), (None, "float16", "int8", "int4")
 
@@ -49,6 +50,7 @@ TARGET = 0.5  # training loss of the MLP on its task
 
 def parts(options):
     """What to launch: link, workers, script, its arguments, and what its rows share."""
+    import speed_growth
 
     def ours(part, link, workers, *arguments, **row):
         given = ["--part", part, "--device", options.device, "--rounds", str(options.rounds)]
@@ -64,6 +66,11 @@ def parts(options):
             workers = 1 if method == PLAIN else 2
             given = "--method", method, "--scale", scale
             yield ours("memory", "loopback", workers, *given, model=f"mlp, {scale} times as wide")
+    if "growth" in options.only:
+        for workers, size, variables in speed_growth.CASES:
+            given = "--size", size, "--variables", variables
+            yield ours("growth", "loopback", workers, *given, model="passes only")
+        yield ours("growth", "loopback", 2, "--model", "resnet50", model="resnet50")
     if {"blocks", "peers"} & set(options.only):
         for model, workers, link in itertools.product(
             options.models, options.workers, options.links
@@ -93,7 +100,7 @@ def main():
     parser.add_argument("--alone", nargs="+", choices=BATCHES, default=alone, help="on one worker")
     parser.add_argument("--workers", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--periods", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
-    kinds = ["alone", "memory", "blocks", "peers", "target"]
+    kinds = ["alone", "memory", "growth", "blocks", "peers", "target"]
     parser.add_argument("--only", nargs="+", choices=kinds, default=kinds, help="of the parts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jit", action="store_true", help="compile local steps with XLA")
@@ -109,7 +116,9 @@ def main():
     parser.add_argument("--peers-python", help="a Python that has what the peers require")
     for hidden in ("--part", "--model", "--method"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
-    parser.add_argument("--scale", type=int, help=argparse.SUPPRESS)
+    for hidden in ("--scale", "--variables"):
+        parser.add_argument(hidden, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--slow", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cluster import bytes_sent
 from speed import BATCHES, FORMS, HERE, NO_SYNC, PLAIN, TARGET, WIDTHS
+from speed_growth import work_growth
 
 NO_STRATEGY = "blocks, no strategy"
 OUTSIDE = (PLAIN, NO_STRATEGY)  # trained where there is no strategy
@@ -26,7 +27,8 @@ def work(options):
 
     if options.device == "gpu" and not tf.config.list_physical_devices("GPU"):
         sys.exit("TensorFlow finds no GPU")
-    for row in globals()[f"work_{options.part}"](options):
+    part = work_growth if options.part == "growth" else globals()[f"work_{options.part}"]
+    for row in part(options):
         print(json.dumps({"family": "ours", **row}), flush=True)
 
 

@@ -8,6 +8,7 @@ import matplotlib
 from evidence_report import table
 from speed import BATCHES, FORMS, PLAIN
 from speed_fit import cost_model
+from speed_growth import GROWTH_FORMS
 
 from tf_blockmomentum.cost import COMPRESSED_BYTES, CostModel, parse_bandwidth
 
@@ -15,7 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 NUMBERS = ("workers", "k", "steps", "step_seconds", "wire_bytes", "model_bytes", "memory",
-           "target_steps")  # fmt: skip
+           "target_steps", "variables", "boundary_seconds", "first_seconds",
+           "first_boundary_seconds")  # fmt: skip
 
 
 @dataclass
@@ -34,6 +36,10 @@ class Row:
     model_bytes: float
     memory: float
     target_steps: float
+    variables: float | None = None
+    boundary_seconds: float | None = None
+    first_seconds: float | None = None
+    first_boundary_seconds: float | None = None
 
     @property
     def label(self):
@@ -151,7 +157,7 @@ def text_of(rows, folder):
     for place in places:
         by_model[place.model, place.workers].append(place)
     targets = {(r.method, r.k): r.target_steps for r in rows if r.target_steps}
-    text = [*alone(rows), *memory(rows)]
+    text = [*alone(rows), *memory(rows), *growth(rows)]
     for place in places:
         text += table_of(place)
     if places:
@@ -218,6 +224,38 @@ def memory(rows):
         for method, n in copies.items()
     ]
     yield table(["method", "smaller, MB", "larger, MB", "copies", "more than Keras's"], cells)
+
+
+def growth(rows):
+    """Paragraphs and a table."""
+    cases = defaultdict(dict)
+    for row in rows:
+        if row.variables:
+            cases[row.model, row.workers][row.method] = row
+    if not cases:
+        return
+    yield "## Growth"
+    yield (
+        "On loopback, all workers on the same cores, so beyond two they share them. *A boundary*: "
+        "what an execution with one takes longer than one without, in seconds; in brackets over "
+        "one all-reduce of as many bytes. *First step* and *first boundary*, in seconds: with all "
+        "tracing and compiling; in brackets over plain Keras's first step."
+    )
+    cells = []
+    for (model, workers), found in cases.items():
+        plain, bare = found[PLAIN], found["all_reduce alone"].boundary_seconds
+        for form in (form for form in found if form in GROWTH_FORMS):
+            row = found[form]
+            cells.append([
+                model, f"{row.model_bytes / 1e6:.3g}", int(row.variables), workers, form,
+                f"{row.boundary_seconds:.3f} ({row.boundary_seconds / bare:.2f})",
+                f"{plain.first_seconds:.1f}",
+                f"{row.first_seconds:.1f} ({row.first_seconds / plain.first_seconds:.1f})",
+                f"{row.first_boundary_seconds:.1f}",
+            ])  # fmt: skip
+    titles = ["model", "MB", "variables", "workers", "form", "a boundary", "Keras's first step",
+              "first step", "first boundary"]  # fmt: skip
+    yield table(titles, cells)
 
 
 def table_of(place):
