@@ -1,7 +1,9 @@
 """model.fit, evaluate and predict: everything a Keras user does, in blocks."""
 
 import logging
+import threading
 import time
+import weakref
 
 import keras
 import numpy as np
@@ -19,7 +21,7 @@ from helpers import (
 )
 
 import tf_blockmomentum as tfbm
-from tf_blockmomentum._private.tensorflow import plain_iterator
+from tf_blockmomentum._private.tensorflow import InUse, plain_iterator
 
 
 def compiled(strategy, model=None, sync_period=4, inner=None, **settings):
@@ -428,3 +430,31 @@ def test_an_idle_iterator_reads_ahead_on_the_host_only(strategy_of):
     next(iterator)
     time.sleep(0.3)
     assert len(reads) <= 3  # of 4 that TensorFlow would have read by now
+
+
+def test_iterators_are_deleted_where_nobody_waits_for_it(strategy_of, monkeypatch):
+    """TensorFlow may take as long again to delete an iterator as that has lived: neither the next
+    epoch, nor the end of an evaluation, nor the end of fit waits for it."""
+    deleted = []
+    hold = InUse.hold
+
+    def watching(self, iterator):
+        new = iterator is not self._iterator
+        hold(self, iterator)
+        if new:
+            weakref.finalize(iterator, lambda: deleted.append(threading.current_thread()))
+
+    monkeypatch.setattr(InUse, "hold", watching)
+    with strategy_of(2).scope():
+        model = keras.Sequential([keras.Input([3]), keras.layers.Dense(1)])
+        model.compile(tfbm.BlockMomentum(keras.optimizers.SGD(0.1), 2), "mse")
+    x, y = np.ones([8, 3], "float32"), np.ones([8, 1], "float32")
+    model.fit(
+        x, y, 2, epochs=3, validation_data=(x, y), verbose=0, callbacks=[tfbm.BlockTraining()]
+    )
+    model.evaluate(x, y, verbose=0)
+    until = time.monotonic() + 60
+    while len(deleted) < 7 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert len(deleted) == 7  # three of training, three of validation, one of evaluate
+    assert threading.main_thread() not in deleted

@@ -4,7 +4,8 @@ Where a test here fails, the fault is gone from the versions installed: its docs
 can then go from the package, once the oldest supported versions are without it too. Not here,
 since a test of it would wait or be a matter of luck: the buffer on the device
 (`inputs.no_device_buffer`, a crash in one of some 60 fits), an iterator that is left over when
-the process ends (`data.Data`), and SIGTERM's handler, which tests/test_failures.py has.
+the process ends (`data.Data`), one whose deletion takes as long as it has lived
+(`_private.tensorflow.InUse`), and SIGTERM's handler, which tests/test_failures.py has.
 """
 
 import functools

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import models as _models
+from tf_blockmomentum._private.tensorflow import InUse
 from tf_blockmomentum._private.trainer import Fit, fit_of, install
 from tf_blockmomentum.boundary.observer import Observer
 from tf_blockmomentum.checks import check_on_nonfinite
@@ -186,6 +187,7 @@ class BlockTraining(keras.callbacks.Callback):
         """What fit calls: `steps_per_execution` local steps, fewer where the data ends. With
         `steps_per_epoch` Keras counts whole executions, which may be more than it asks for."""
         model = self.model
+        self._fit.in_use.hold(iterator)
         loop = self.ready_loop(iterator.element_spec)
         total = self.params["steps"]  # None: not known
         steps = model.steps_per_execution
@@ -312,8 +314,10 @@ def make_test_function(model: keras.Model) -> Callable[[Any], Any]:
     are reduced over the replicas when Keras reads them, once at the end."""
     jit_compile = model_jit(model, "auto")
     local_steps = LocalSteps(model.test_step, model.distribute_strategy, jit_compile)
+    in_use = InUse()
 
     def test_function(iterator: Any) -> Any:
+        in_use.hold(iterator)
         with eagerly(model.run_eagerly), explaining_xla(jit_compile):
             taken, logs, _ = local_steps(iterator, model.steps_per_execution)
         progress.note("evaluates")
@@ -322,6 +326,7 @@ def make_test_function(model: keras.Model) -> Callable[[Any], Any]:
         return logs
 
     test_function.steps = local_steps  # type: ignore[attr-defined]
+    test_function.in_use = in_use  # type: ignore[attr-defined]
     return test_function
 
 

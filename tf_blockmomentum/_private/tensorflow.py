@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,33 @@ def plain_iterator(iterator: Any) -> Any:
     parts: Any = getattr(iterator, "_iterators", ())
     part = getattr(parts[0], "_iterator", None) if len(parts) == 1 else None
     return part if isinstance(part, tf.data.Iterator) else None
+
+
+class InUse:
+    """The iterator that an epoch reads: held until the next one is, and then deleted in a thread.
+
+    TensorFlow deletes an iterator when the thread that tunes its pipeline has ended. It wakes that
+    thread first and marks it as cancelled afterwards (`CancellationManager::StartCancel`), so that
+    it may find that nothing has changed and sleep on (`Model::OptimizeLoop`): up to as long again
+    as the iterator has lived, and a minute at most. On a busy core it mostly does, at the end of
+    each epoch and each evaluation.
+    """
+
+    def __init__(self) -> None:
+        self._iterator: Any = None
+
+    def hold(self, iterator: Any) -> None:
+        """The one that is read now; Keras has let go of the one before."""
+        if iterator is not self._iterator:
+            self.let_go()
+            if isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+                self._iterator = iterator
+
+    def let_go(self) -> None:
+        """Nobody reads it any more."""
+        last, self._iterator = [self._iterator], None
+        if last[0] is not None:
+            threading.Thread(target=last.clear, daemon=True).start()
 
 
 def as_a_number(variable: Any) -> Any:

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tf_blockmomentum import progress
 from tf_blockmomentum._private import models as _models
+from tf_blockmomentum._private.tensorflow import InUse
 from tf_blockmomentum.given import batch_size, fingerprint, in_order, note_iterator
 from tf_blockmomentum.inputs import check_global_batch
 from tf_blockmomentum.optimizer import find
@@ -34,6 +35,7 @@ class Fit:
     stops_on_nan: bool = False
     counts_steps: bool = False  # an epoch ends after a number of steps, not with the data
     keras_callbacks: list[Any] = dataclasses.field(default_factory=list)  # and in ChiefOnly
+    in_use: InUse = dataclasses.field(default_factory=InUse)  # of the training data
     _at_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     def at_end(self, function: Callable[[], Any]) -> None:
@@ -42,6 +44,7 @@ class Fit:
 
     def end(self) -> None:
         """Fit has ended."""
+        self.in_use.let_go()
         self._at_end.close()
 
 
@@ -137,6 +140,9 @@ def _evaluate(self: Any, original: Callable[..., Any], *args: Any, **kwargs: Any
             return original(self, *args, **kwargs)
     finally:
         self._tfbm_tests = before
+        in_use = getattr(self.test_function, "in_use", None)
+        if in_use is not None:
+            in_use.let_go()
 
 
 def _predict(self: Any, original: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:

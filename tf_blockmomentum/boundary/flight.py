@@ -97,19 +97,25 @@ class OverlappedBoundary(Boundary):
             share = share_of(numbers["active"])
             drift = self._optimizers[0].drift(d, numbers["square"] * share)
             for optimizer, its_d in self._by_optimizer(d):
-                if aside:
-                    optimizer.step_aside(its_d)
                 optimizer.land(its_d, tf.reduce_sum(numbers["steps"]) * share)
             return drift
+
+        def step_aside(sums: list[tf.Tensor], header: tf.Tensor) -> None:
+            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
+                optimizer.step_aside(its_d)
 
         def nobody() -> tf.Tensor:
             for optimizer in self._optimizers if aside else ():
                 optimizer.step_aside(None)
             return tf.constant(0.0)
 
-        step, some = self._compiled(outer_step), self.header.read(header)["active"] > 0
-        nothing = self._compiled(nobody) if aside else nobody
-        return tf.cond(some, lambda: step(sums, header), nothing)
+        def land() -> tf.Tensor:
+            if aside:  # not in one function with the outer step: XLA would copy the velocity
+                self._compiled(step_aside)(sums, header)
+            return self._compiled(outer_step)(sums, header)
+
+        some = self.header.read(header)["active"] > 0
+        return tf.cond(some, land, self._compiled(nobody) if aside else nobody)
 
     def _land_statistics(self, sums: list[tf.Tensor], begun: tf.Tensor) -> None:
         """`begun`: whether they have changed since they were sent."""
