@@ -231,7 +231,8 @@ def growth(rows):
     cases = defaultdict(dict)
     for row in rows:
         if row.variables:
-            cases[row.model, row.workers][row.method] = row
+            size = f"{row.model_bytes / 1e6:.3g}"
+            cases[row.model, size, int(row.variables), row.workers][row.method] = row
     if not cases:
         return
     yield "## Growth"
@@ -242,12 +243,12 @@ def growth(rows):
         "tracing and compiling; in brackets over plain Keras's first step."
     )
     cells = []
-    for (model, workers), found in cases.items():
+    for case, found in cases.items():
         plain, bare = found[PLAIN], found["all_reduce alone"].boundary_seconds
         for form in (form for form in found if form in GROWTH_FORMS):
             row = found[form]
             cells.append([
-                model, f"{row.model_bytes / 1e6:.3g}", int(row.variables), workers, form,
+                *case, form,
                 f"{row.boundary_seconds:.3f} ({row.boundary_seconds / bare:.2f})",
                 f"{plain.first_seconds:.1f}",
                 f"{row.first_seconds:.1f} ({row.first_seconds / plain.first_seconds:.1f})",

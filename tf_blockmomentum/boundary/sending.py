@@ -13,7 +13,9 @@ from tf_blockmomentum.boundary.measuring import Measuring
 from tf_blockmomentum.boundary.packing import pack
 from tf_blockmomentum.variables import MEAN, Rules
 
-_LARGE = 1_000_000  # weights; compiling takes a second, and saves some ms a block
+# Weights from which compiling pays: it takes half a second, and with codes two, and saves, of a
+# million weights, a third of a block's milliseconds, and with codes more than half.
+_LARGE, _LARGE_CODED = 500_000, 250_000
 
 
 class Sending:
@@ -117,7 +119,7 @@ class Sending:
         """A function of the boundary that does not communicate. For large models XLA compiles
         it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
         weights = sum(v.shape.num_elements() for v in self.trained)
-        jit = self._jit or weights >= _LARGE
+        jit = self._jit or weights >= (_LARGE_CODED if self._feedback else _LARGE)
         return tf.function(replica_fn, jit_compile=jit, autograph=False)
 
     def leave(self, told: tf.Tensor) -> list[tf.Tensor]:
