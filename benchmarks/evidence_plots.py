@@ -107,7 +107,7 @@ def target(found, path):
             axis.bar(places, middle, width, yerr=error, capsize=2, label=label)
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set_xticks(range(len(links)), links)
-        axis.set_xlim(-0.5, len(links) - 0.5)
+        axis.set_xlim(-0.5, max(1, len(links)) - 0.5)
         axis.set_title(f"{workers} workers")
         if found:
             logarithmic(axis.yaxis, (1, 2, 5))
