@@ -17,6 +17,7 @@ tf.config.set_logical_device_configuration(
 
 # Ignored in a run that a shell has put in the background, and by all that such a run starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
 
 _strategies = {}
 

@@ -281,7 +281,8 @@ def test_a_full_log_disk(tmp_path):
         # Status files, which workers write, are on the full disk too.
         env = {"TMPDIR": str(disk)}
         done = run("--workers", 2, "--log-dir", disk, write(tmp_path, PROGRESS + TALKS), env=env)
-        assert (disk / "worker-0.log").stat().st_size > 0
+        # Either may fill the disk before the other has written anything.
+        assert any((disk / f"worker-{i}.log").stat().st_size for i in range(2))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
     assert done.returncode == 0, done.stderr
