@@ -44,6 +44,7 @@ def work_growth(options):
     """Of each form, seconds of a boundary, and of the first step and the first boundary, which
     include tracing and compiling."""
     import keras
+    import tensorflow as tf
     from speed_parts import all_reduce_seconds, batches, clock, network
 
     import tf_blockmomentum as tfbm
@@ -55,7 +56,7 @@ def work_growth(options):
     for form in (PLAIN, *(form for form in forms if form in GROWTH_FORMS)):
         overlap, strategy.compression = FORMS.get(form, (False, None))
         plain = form == PLAIN
-        with _scope(strategy, plain):
+        with (tf.distribute.get_strategy() if plain else strategy).scope():
             if resnet:
                 model, x, y = network(RESNET50)
                 loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -98,9 +99,3 @@ def work_growth(options):
     seconds = all_reduce_seconds(strategy, size // 4)
     if first_worker:
         yield {"method": "all_reduce alone", "boundary_seconds": seconds, **shape}
-
-
-def _scope(strategy, plain):
-    import tensorflow as tf
-
-    return (tf.distribute.get_strategy() if plain else strategy).scope()

@@ -38,7 +38,7 @@ def memory_settings(environment: Mapping[str, str], cores: int) -> dict[str, str
 
 def keep_memory() -> None:
     """The same for this process, from now on."""
-    if not memory_settings(os.environ, _cores() if sys.platform == "linux" else 0):
+    if not memory_settings(os.environ, schedulable_cores()):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
@@ -50,12 +50,15 @@ def let_messages_through() -> None:
     """At least two inter-op threads, unless the user has said how many."""
     from tensorflow.config import threading  # not above: the launcher has no use for it
 
-    if INTEROP in os.environ or threading.get_inter_op_parallelism_threads() or _cores() > 1:
+    said = INTEROP in os.environ or threading.get_inter_op_parallelism_threads()
+    if said or schedulable_cores() > 1:
         return
     with contextlib.suppress(RuntimeError):  # TensorFlow has its threads already
         threading.set_inter_op_parallelism_threads(LEAST_INTEROP)
 
 
-def _cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def schedulable_cores() -> int:
+    """Those that this process may use by its affinity, as TensorFlow counts them too."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS

@@ -67,11 +67,7 @@ def share_out(
 
 def cores() -> int:
     """Cores that this process may use: its affinity, and a container's quota rounded up."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:  # macOS
-        count = os.cpu_count() or 1
-    quota = _quota()
+    count, quota = process.schedulable_cores(), _quota()
     return max(1, min(count, -(-quota[0] // quota[1]))) if quota else count
 
 
