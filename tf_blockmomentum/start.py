@@ -35,7 +35,7 @@ def start_alike(
         same = list({id(v): v for v in [*variables, *same]}.values())
         parts = [replicas_of(v, strategy) for v in same]
         count = max(len(part) for part in parts)
-        rows = [[crc([part[r % len(part)].numpy() for part in parts]), data] for r in range(count)]
+        rows = [[crc(part[r % len(part)] for part in parts), data] for r in range(count)]
         with meeting(strategy, "the beginning of a fit"):
             told = gather(strategy, rows)
         _compare_data(told[:, 1], strategy)

@@ -52,7 +52,7 @@ class Agreement:
         mean, total, first = self._averages, rules.of(SUM), rules.of(FIRST)
         extrema = [(v, tf.reduce_max) for v in rules.of(MAXIMUM)]
         extrema += [(v, tf.reduce_min) for v in rules.of(MINIMUM)]
-        only_first = [tf.where(tf.equal(replica, 0), v, tf.zeros_like(v)) for v in first]
+        only_first = [tf.where(tf.equal(replica, 0), v, tf.zeros([], v.dtype)) for v in first]
         plain = [tf.convert_to_tensor(v) for v in [*mean, *total]]
         rounded = rules.of(ROUNDED)
         wide = [tf.cast(v, tf.float64) for v in rounded]

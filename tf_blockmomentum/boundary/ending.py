@@ -211,8 +211,7 @@ class Ending:
         return tf.constant([float(numbers[name]) for name in TOLD])
 
     def _sum_of_anchors(self) -> int:
-        anchors = [a for optimizer in self._optimizers for a in optimizer.anchors]
-        return checksum([a.numpy() for a in anchors])
+        return checksum(a for optimizer in self._optimizers for a in optimizer.anchors)
 
     def _take_note(self, status: np.ndarray, period: int | None = None) -> None:
         """Of what a boundary has told this worker."""

@@ -125,7 +125,7 @@ def take_from_first(strategy: tf.distribute.Strategy, variables: Sequence[Any]) 
 
     def replica() -> None:
         first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
-        values = [tf.where(first, v, tf.zeros_like(v)) for v in variables]
+        values = [tf.where(first, v, tf.zeros([], v.dtype)) for v in variables]
         for v, value in zip(variables, sum_over_replicas(values), strict=True):
             v.assign(value)
 

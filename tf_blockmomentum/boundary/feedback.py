@@ -127,9 +127,10 @@ class Feedback:
 
         return self._compiled(self.layout.write)(self._compiled(encode)(groups, scales), scales)
 
-    def nothing(self) -> tf.Tensor:
-        """The message of a replica that is left out: zeros."""
-        return tf.zeros([self.layout.replicas * self.layout.message], tf.int32)
+    @property
+    def message_spec(self) -> tf.TensorSpec:
+        """The shape and dtype of a message."""
+        return tf.TensorSpec([self.layout.replicas * self.layout.message], tf.int32)
 
     def keep_back(self, groups: list[tf.Tensor], scales: tf.Tensor) -> None:
         """What has been sent is kept back no longer; what it lacks is."""

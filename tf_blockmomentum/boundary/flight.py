@@ -130,7 +130,7 @@ class OverlappedBoundary(Boundary):
                 # Of one that was not finite nothing is kept; one that has become so since
                 # is found at the next boundary.
                 kept = tf.logical_and(begun, tf.math.is_finite(sent))
-                value = mean + tf.where(kept, own - sent, tf.zeros_like(own))
+                value = mean + tf.where(kept, own - sent, tf.zeros([], own.dtype))
                 v.assign(tf.where(some, value, own))
 
         self._compiled(land)(sums, header, begun)
@@ -147,7 +147,7 @@ class OverlappedBoundary(Boundary):
         codes, tensors = self._sent_again()
         for v in self.statistics:
             sent = tf.convert_to_tensor(self._sent_statistics[id(v)])
-            tensors.append(tf.where(finite, sent, tf.zeros_like(sent)))
+            tensors.append(tf.where(finite, sent, tf.zeros([], sent.dtype)))
         tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
         told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
         square = tf.convert_to_tensor(self._sent_square)

@@ -2,7 +2,7 @@
 knows."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -81,14 +81,20 @@ def _last_of(packs: list[tf.Tensor], dtype: tf.DType) -> int | None:
     return max((i for i, flat in enumerate(packs) if flat.dtype == dtype), default=None)
 
 
-def checksum(values: list[Any]) -> int:
+def checksum(values: Iterable[Any]) -> int:
     """As `crc`, a number from 1 to `CHECKSUMS`."""
     return crc(values) % (CHECKSUMS - 1) + 1
 
 
-def crc(values: list[Any]) -> int:
-    """The CRC-32 of the bits of some arrays and NumPy's numbers."""
+def crc(values: Iterable[Any]) -> int:
+    """The CRC-32 of the bits of some arrays, tensors, variables and NumPy's numbers, one after the
+    other and without a copy on a CPU. Raises TypeError for other Python objects than bytes."""
     found = 0
     for value in values:
-        found = zlib.crc32(np.ascontiguousarray(value).tobytes(), found)
+        if not isinstance(value, np.ndarray | np.generic):
+            value = tf.convert_to_tensor(value)
+        flat = np.ascontiguousarray(value).reshape(-1)
+        if flat.dtype.hasobject:  # a string tensor's
+            flat = np.frombuffer(b"\0".join(flat), np.uint8)
+        found = zlib.crc32(flat.view(np.uint8), found)
     return found

@@ -16,7 +16,7 @@ def make_finite(optimizer: Any) -> None:
     for v in inner.variables:
         if tf.as_dtype(v.dtype).is_floating:
             value = tf.convert_to_tensor(v)
-            instead = averages.get(id(v), tf.zeros_like(value))
+            instead = averages.get(id(v), tf.zeros([], value.dtype))
             v.assign(tf.where(tf.math.is_finite(value), value, instead))
 
 

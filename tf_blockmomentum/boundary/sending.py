@@ -141,10 +141,12 @@ class Sending:
         first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
         taking_part = tf.logical_and(steps > 0, finite)
         # Not by multiplying: a replica that is left out may hold anything.
-        packs = tf.cond(finite, lambda: packs, lambda: [tf.zeros_like(p) for p in packs])
+        packs = tf.cond(finite, lambda: packs, lambda: [no_values(p, finite) for p in packs])
         if self._feedback:
-            message, nothing = self._feedback.message, self._feedback.nothing
-            codes = [tf.cond(finite, lambda: message(groups, scales), nothing)]
+            message, spec = self._feedback.message, self._feedback.message_spec
+            codes = [
+                tf.cond(finite, lambda: message(groups, scales), lambda: no_values(spec, finite))
+            ]
         square = tf.constant(0.0)
         if self._optimizers[0].measures_drift or self.measuring.on:
             if self._optimizers[0].measures_drift:
@@ -198,7 +200,7 @@ class Sending:
         if kept_back:
             pairs = zip(deltas, kept_back.residuals, strict=True)
             deltas = [tf.cast(x, r.dtype) + r for x, r in pairs]
-        return [tf.where(steps > 0, x, tf.zeros_like(x)) for x in deltas]
+        return [tf.where(steps > 0, x, tf.zeros([], x.dtype)) for x in deltas]
 
     def _keep(self, steps: tf.Tensor, under_way: bool = False) -> None:
         """With `overlap`: the deltas are in variables from now on."""
@@ -232,7 +234,7 @@ class Sending:
         """What a replica sends but for the header, should all be finite."""
         statistics = list(map(tf.convert_to_tensor, self.statistics))
         if not self._overlap:  # with it they are averaged later, if at all
-            statistics = [tf.where(steps > 0, t, tf.zeros_like(t)) for t in statistics]
+            statistics = [tf.where(steps > 0, t, tf.zeros([], t.dtype)) for t in statistics]
         return [*self._coded(steps)[0], *statistics]
 
     def _first_not_finite(self, steps: tf.Tensor) -> tf.Tensor:
@@ -255,7 +257,7 @@ class Sending:
             for x, value in zip(optimizer.sent, values, strict=True):
                 value = tf.cast(value, x.dtype)
                 if not codes:  # which are zeros then
-                    value = tf.where(taking_part, value, tf.zeros_like(x))
+                    value = tf.where(taking_part, value, tf.zeros([], x.dtype))
                 x.assign(value)
 
     def _sent_again(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -284,3 +286,15 @@ class Sending:
         """Each optimizer with its part of a list with one for each trained variable."""
         rest = iter(tensors)
         return [(o, [next(rest) for _ in o.trained_variables]) for o in self._optimizers]
+
+
+def no_values(like: Any, some: tf.Tensor) -> tf.Tensor:
+    """What a replica sends that is left out: zeros of a shape and dtype.
+
+    Args:
+        like: a tensor or its spec.
+        some: whether it is not left out; where this is called it is False, so the zeros are made
+            of it. Of a constant TensorFlow's graph optimizer would make a constant of the
+            model's size, and keep it.
+    """
+    return tf.fill(like.shape, tf.cast(some, like.dtype))
