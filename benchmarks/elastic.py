@@ -30,10 +30,10 @@ class ElasticAveraging(tfbm.BlockMomentum):
         super().__init__(inner_optimizer, sync_period, block_momentum=0)
         self.elasticity = elasticity
 
-    def take_outer_step(self, deltas, d):
+    def take_outer_step(self, sums, active):
         """Both sides of the elastic move."""
         alpha = self.elasticity / tf.distribute.get_strategy().num_replicas_in_sync
         pairs = zip(self.trained_variables, self.anchors, strict=True)
-        for (w, centre), delta, mean in zip(pairs, deltas, d, strict=True):
+        for (w, centre), delta, x in zip(pairs, self.deltas(), sums, strict=True):
             w.assign_sub(alpha * delta)
-            centre.assign_add(self.elasticity * mean)
+            centre.assign_add(self.elasticity * x / tf.cast(active, x.dtype))

@@ -74,7 +74,7 @@ def test_what_is_not_finite_stays_so(compression, jit):
     def there_and_back(x):
         scales = codes.scales_of(codes.magnitudes(x), bits)
         words = codes.encode(x, codes.reciprocals(scales), bits)
-        fit = [codes.fits(row) for row in tf.unstack(x)]
+        fit = [tf.reduce_all(codes.fitting(row)) for row in tf.unstack(x)]
         return codes.decode(words, scales, bits), tf.stack(fit)
 
     got, fit = there_and_back(x)

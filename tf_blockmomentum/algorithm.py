@@ -8,6 +8,8 @@ from keras import ops
 
 from tf_blockmomentum import schedules
 from tf_blockmomentum._private import keras as _keras
+from tf_blockmomentum.boundary.exchange import means
+from tf_blockmomentum.outer import momentum_step
 from tf_blockmomentum.settings import Settings
 
 
@@ -79,19 +81,19 @@ class Blocks(Settings):
         """How far this replica's weights have moved in this block, in replica context. With
         `overlap`: `under_way`, whether the block before has not landed yet, if it is known."""
         pairs = zip(self.trained_variables, self.begins(under_way), strict=True)
-        return [ops.subtract(w, x) for w, x in pairs]
+        return [tf.convert_to_tensor(w) - x for w, x in pairs]
 
-    def end_block(self, deltas: list[tf.Tensor], d: list[tf.Tensor], steps: tf.Tensor) -> None:
+    def end_block(self, sums: list[tf.Tensor], active: tf.Tensor, steps: tf.Tensor) -> None:
         """Ends a block in this replica: the outer step, and back to the anchor.
 
         Called by `BlockLoop` in replica context, if any replica took a step.
 
         Args:
-            deltas: this replica's.
-            d: their means over the replicas.
+            sums: of the replicas' deltas, a tensor for each variable with block momentum.
+            active: how many replicas are in them.
             steps: the replicas' mean number of steps.
         """
-        self.take_outer_step(deltas, d)
+        self.take_outer_step(sums, active)
         self._reset_inner_state()
         self._count_block(steps)
 
@@ -105,18 +107,26 @@ class Blocks(Settings):
             for slot, initial in self._initial_slots:
                 slot.assign(ops.full(slot.shape, initial, slot.dtype))
 
-    def take_outer_step(self, deltas: list[tf.Tensor], d: list[tf.Tensor]) -> None:
-        """Moves the anchor by the replicas' mean delta, and this replica to the anchor.
-
-        Args:
-            deltas: this replica's, which the outer step has no use for.
-            d: their means over the replicas.
-        """
-        self._move_anchor(d)
+    def take_outer_step(self, sums: list[tf.Tensor], active: tf.Tensor) -> None:
+        """Moves the anchor by the replicas' mean delta, and this replica to the anchor; the
+        arguments are `end_block`'s."""
+        self._move_anchor(sums, active)
         self.discard_block()
 
-    def _move_anchor(self, d: list[tf.Tensor]) -> None:
+    @property
+    def fused(self) -> bool:
+        """Whether what a boundary does to each variable is one operation of TensorFlow's, so that
+        nothing is gained by compiling it (`momentum_step`)."""
+        plain = self.block_momentum is not None and self.inner_state != "reset"
+        more = self._warm_up or self.measures_drift
+        return plain and not more and all(w.constraint is None for w in self.trained_variables)
+
+    def _move_anchor(self, sums: list[tf.Tensor], active: tf.Tensor) -> None:
         anchors = self.anchors
+        if self.fused:
+            momentum_step(self.outer_optimizer, anchors, sums, active)
+            return
+        d = means(sums, active)
 
         def rest() -> None:  # of the block momentum, while warming up
             for anchor, x in zip(anchors, d, strict=True):
@@ -191,9 +201,9 @@ class Blocks(Settings):
         for w, delta in zip(self.trained_variables, self.deltas(under_way=True), strict=True):
             w.assign(delta)
 
-    def land(self, d: list[tf.Tensor], steps: tf.Tensor) -> None:
-        """The outer step of the block before, with its means, as in `end_block`."""
-        self._move_anchor(d)
+    def land(self, sums: list[tf.Tensor], active: tf.Tensor, steps: tf.Tensor) -> None:
+        """The outer step of the block before; the arguments are `end_block`'s."""
+        self._move_anchor(sums, active)
         self._count_block(steps)
 
     def step_on(self) -> None:

@@ -5,11 +5,13 @@ function from the function's inputs alone, so what two outputs share is computed
 are read, twice: hence several small compiled functions.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
-from tf_blockmomentum.boundary.exchange import share_of, sum_packs
+from tf_blockmomentum.boundary.exchange import means, share_of, sum_packs
 from tf_blockmomentum.boundary.nonfinite import make_finite
-from tf_blockmomentum.boundary.packing import unpack
+from tf_blockmomentum.boundary.packing import members, unpack
 from tf_blockmomentum.boundary.sending import Sending
 
 
@@ -26,7 +28,7 @@ class Boundary(Sending):
         self.settle_parts(sums)
         sums, header = self.header.detach(self._decoded(sums))
         self._measure(sums, header)
-        come_back = self._compiled(self._come_back)
+        come_back = self._unless_fused(self._come_back)
         some = self.header.read(header)["active"] > 0
         drift = tf.cond(some, lambda: come_back(sums, header), lambda: 0.0)
         self._heal()
@@ -34,7 +36,7 @@ class Boundary(Sending):
 
     def _measure(self, sums: list[tf.Tensor], header: tf.Tensor) -> None:
         self.measuring.measure(
-            lambda *args: self._by_optimizer(self._means(*args)[0]),
+            lambda *args: self._by_optimizer(self._means(*args)),
             self.header.read,
             sums,
             header,
@@ -42,15 +44,22 @@ class Boundary(Sending):
 
     def _come_back(self, sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
         """The outer step, and this replica to the anchor. Returns the drift."""
-        d, others = self._means(sums, header)
+        sums, others = self._arrived(sums, header)
         numbers = self.header.read(header)
-        share = share_of(numbers["active"])
-        drift = self._optimizers[0].drift(d, numbers["square"] * share)
-        for optimizer, its_d in self._by_optimizer(d):
-            optimizer.end_block(optimizer.deltas(), its_d, tf.reduce_sum(numbers["steps"]) * share)
+        active, share = numbers["active"], share_of(numbers["active"])
+        drift = self._drift(sums, numbers)
+        for optimizer, own in self._by_optimizer(sums):
+            optimizer.end_block(own, active, tf.reduce_sum(numbers["steps"]) * share)
         for v, value in zip(self.statistics, others, strict=True):
             v.assign(value)
         return drift
+
+    def _drift(self, sums: list[tf.Tensor], numbers: dict[str, Any]) -> tf.Tensor:
+        """The drift, or 0 where it is not measured, from sums of deltas and the header's."""
+        first, active = self._optimizers[0], numbers["active"]
+        if not first.measures_drift:
+            return tf.constant(0.0)
+        return first.drift(means(sums, active), numbers["square"] * share_of(active))
 
     def _heal(self) -> None:
         """Once the weights are finite again, the inner state of a replica that was left out."""
@@ -83,17 +92,6 @@ class Boundary(Sending):
 
     # -- on the wire --------------------------------------------------------------------------
 
-    @property
-    def _wire_specs(self) -> list[tf.TensorSpec]:
-        """What `_outgoing` returns, or with codes its statistics: shapes and dtypes."""
-        specs = [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self.travelling]
-        weights = len(self.trained)
-        if self._feedback:
-            return specs[weights:]
-        if self._float16:
-            specs[:weights] = [tf.TensorSpec(s.shape, tf.float16) for s in specs[:weights]]
-        return specs
-
     def _sum(self, packs: list[tf.Tensor]) -> list[tf.Tensor]:
         """Sums what `leave` returned over the replicas, but for codes: their sum in codes, and
         what its owner keeps back of it."""
@@ -102,20 +100,21 @@ class Boundary(Sending):
             return [*self._feedback.sum(packs[0]), *sum_packs(packs[1:])]
         return sum_packs(packs)
 
-    def _means(
+    def _arrived(
         self, sums: list[tf.Tensor], header: tf.Tensor
     ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """The means of the deltas and of the statistics, from their sums, packed, and the summed
-        header, which says how many replicas are in them."""
-        weights = len(self.trained)
-        numbers = self.header.read(header)
-        active, others = numbers["active"], numbers["finite" if self._overlap else "active"]
-        values, sums = [], self._decoded(sums)
-        if self._feedback:
-            values, sums = sums[:weights], sums[weights:]
-        values = [*values, *unpack(sums, self._wire_specs)]
-        means = [
-            tf.cast(s, v.dtype) * share_of(active if i < weights else others, v.dtype)
-            for i, (s, v) in enumerate(zip(values, self.travelling, strict=True))
-        ]
-        return means[:weights], means[weights:]
+        """The sums of the deltas, no longer packed, and the means of the statistics; the summed
+        header says how many replicas are in them."""
+        count, numbers, sums = len(self.trained), self.header.read(header), self._decoded(sums)
+        if not self._feedback:
+            packs = len(members(self._packed_weights))
+            sums = [*unpack(sums[:packs], self._packed_weights), *sums[packs:]]
+        pairs = zip(sums[:count], self.trained, strict=True)
+        deltas = [tf.cast(x, v.dtype) for x, v in pairs]
+        statistics = unpack(sums[count:], self._packed_statistics)
+        finite = numbers["finite" if self._overlap else "active"]
+        return deltas, means(statistics, finite)
+
+    def _means(self, sums: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
+        """The means of the deltas."""
+        return means(self._arrived(sums, header)[0], self.header.read(header)["active"])

@@ -43,9 +43,9 @@ def bits_of(x: Any) -> Any:
     return tf.bitwise.bitwise_and(tf.bitcast(x, tf.int32), 0x7FFFFFFF)
 
 
-def fits(x: tf.Tensor) -> tf.Tensor:
-    """Whether all of a tensor can be coded, a bool: finite, and below 1.7e38."""
-    return tf.reduce_all(tf.abs(tf.cast(x, tf.float32)) < _MOST)
+def fitting(x: tf.Tensor) -> tf.Tensor:
+    """Which of a tensor's values can be coded: those that are finite and below 1.7e38."""
+    return tf.abs(tf.cast(x, tf.float32)) < _MOST
 
 
 def magnitudes(x: tf.Tensor) -> tf.Tensor:
@@ -176,6 +176,11 @@ class Layout:
                 tensors[i] = tf.reshape(flat if whole else flat[begin:end], self._shapes[i])
                 begin = end
         return tensors
+
+    @property
+    def members(self) -> list[tuple[list[int], np.ndarray]]:
+        """For each group the numbers of its tensors, and where each ends in it."""
+        return [(group, np.cumsum([self._counts[i] for i in group])) for group in self._groups]
 
     def of_groups(self, flat: tf.Tensor) -> list[tf.Tensor]:
         """From a tensor with a row for each block, the rows of each group."""

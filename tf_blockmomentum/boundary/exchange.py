@@ -137,3 +137,9 @@ def share_of(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:
     """What one of so many has in a mean."""
     exact = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
     return tf.cast(tf.math.reciprocal(tf.maximum(tf.cast(replicas, exact), 1)), dtype)
+
+
+def means(sums: Sequence[tf.Tensor], replicas: tf.Tensor) -> list[tf.Tensor]:
+    """Of sums over so many replicas."""
+    shares = {dtype: share_of(replicas, dtype) for dtype in {x.dtype for x in sums}}
+    return [x * shares[x.dtype] for x in sums]

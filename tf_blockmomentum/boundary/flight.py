@@ -93,15 +93,15 @@ class OverlappedBoundary(Boundary):
         self._measure(sums, header)
 
         def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
-            d, numbers = self._means(sums, header)[0], self.header.read(header)
-            share = share_of(numbers["active"])
-            drift = self._optimizers[0].drift(d, numbers["square"] * share)
-            for optimizer, its_d in self._by_optimizer(d):
-                optimizer.land(its_d, tf.reduce_sum(numbers["steps"]) * share)
+            sums, numbers = self._arrived(sums, header)[0], self.header.read(header)
+            active, share = numbers["active"], share_of(numbers["active"])
+            drift = self._drift(sums, numbers)
+            for optimizer, own in self._by_optimizer(sums):
+                optimizer.land(own, active, tf.reduce_sum(numbers["steps"]) * share)
             return drift
 
         def step_aside(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            for optimizer, its_d in self._by_optimizer(self._means(sums, header)[0]):
+            for optimizer, its_d in self._by_optimizer(self._means(sums, header)):
                 optimizer.step_aside(its_d)
 
         def nobody() -> tf.Tensor:
@@ -112,7 +112,7 @@ class OverlappedBoundary(Boundary):
         def land() -> tf.Tensor:
             if aside:  # not in one function with the outer step: XLA would copy the velocity
                 self._compiled(step_aside)(sums, header)
-            return self._compiled(outer_step)(sums, header)
+            return self._unless_fused(outer_step)(sums, header)
 
         some = self.header.read(header)["active"] > 0
         return tf.cond(some, land, self._compiled(nobody) if aside else nobody)
@@ -125,7 +125,7 @@ class OverlappedBoundary(Boundary):
 
         def land(sums: list[tf.Tensor], header: tf.Tensor, begun: tf.Tensor) -> None:
             some = self.header.read(header)["finite"] > 0
-            for v, mean in zip(self.statistics, self._means(sums, header)[1], strict=True):
+            for v, mean in zip(self.statistics, self._arrived(sums, header)[1], strict=True):
                 own, sent = map(tf.convert_to_tensor, (v, self._sent_statistics[id(v)]))
                 # Of one that was not finite nothing is kept; one that has become so since
                 # is found at the next boundary.
@@ -144,15 +144,17 @@ class OverlappedBoundary(Boundary):
         """What was in flight when a backup was written; no data had ended."""
         taking_part, stopping, steps, first = tf.unstack(tf.convert_to_tensor(self._sent_counts))
         finite = tf.equal(first, 0)
-        codes, tensors = self._sent_again()
+        codes, weights = self._sent_again()
+        statistics = []
         for v in self.statistics:
             sent = tf.convert_to_tensor(self._sent_statistics[id(v)])
-            tensors.append(tf.where(finite, sent, tf.zeros([], sent.dtype)))
-        tensors = [tf.cast(t, s.dtype) for t, s in zip(tensors, self._wire_specs, strict=True)]
+            statistics.append(tf.where(finite, sent, tf.zeros([], sent.dtype)))
+        if self._float16:
+            weights = [tf.cast(x, tf.float16) for x in weights]
         told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)
         square = tf.convert_to_tensor(self._sent_square)
         header = self._header(told, taking_part > 0, steps, first, square)
-        return [*codes, *self.header.attach(pack(tensors), header)]
+        return [*codes, *self.header.attach([*pack(weights), *pack(statistics)], header)]
 
 
 class Flight:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
@@ -18,6 +19,23 @@ def make_finite(optimizer: Any) -> None:
             value = tf.convert_to_tensor(v)
             instead = averages.get(id(v), tf.zeros([], value.dtype))
             v.assign(tf.where(tf.math.is_finite(value), value, instead))
+
+
+def first_bad(
+    good: Sequence[tf.Tensor], members: Sequence[tuple[Sequence[int], np.ndarray]]
+) -> tf.Tensor:
+    """The number, from 1, of the first tensor that is not good.
+
+    Args:
+        good: flat bools, of several tensors each, one of them False.
+        members: for each the numbers, from 0, of its tensors, and where each ends in it.
+    """
+    found = []
+    for flat, (numbers, ends) in zip(good, members, strict=True):
+        place = tf.argmin(tf.cast(flat, tf.int32))
+        number = tf.gather(numbers, tf.reduce_sum(tf.cast(place >= ends[:-1], tf.int32)))
+        found.append(tf.where(tf.reduce_all(flat), tf.int32.max, number + 1))
+    return tf.reduce_min(tf.stack(found))
 
 
 def describe(firsts: Sequence[int], variables: Sequence[Any], blocks: int, limited: bool) -> str:

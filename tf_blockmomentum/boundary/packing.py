@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_blockmomentum._private.tensorflow import wire_dtype
@@ -19,22 +20,35 @@ def pack(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     small ones are put together. What collectives do not accept travels as a wider
     dtype, such as bfloat16 as float32."""
     flat = [tf.reshape(tf.cast(t, _wire(t)), [-1]) for t in tensors]
-    return [
-        tf.concat([flat[i][begin:end] for i, begin, end in pieces], axis=0)
-        for pieces in _pieces(tensors)
-    ]
+    packs = []
+    for pieces in _pieces(tensors):
+        parts = [
+            flat[i] if end - begin == flat[i].shape[0] else flat[i][begin:end]
+            for i, begin, end in pieces
+        ]
+        packs.append(parts[0] if len(parts) == 1 else tf.concat(parts, axis=0))
+    return packs
 
 
 def unpack(packs: Sequence[tf.Tensor], like: Sequence[Any]) -> list[tf.Tensor]:
     """The reverse of `pack`: a list of tensors of the shapes and dtypes of `like`."""
     parts: list[list[tf.Tensor]] = [[] for _ in like]
     for flat, pieces in zip(packs, _pieces(like), strict=True):
-        own = tf.split(flat, [end - begin for _, begin, end in pieces])
+        sizes = [end - begin for _, begin, end in pieces]
+        own = [flat] if len(sizes) == 1 else tf.split(flat, sizes)
         for (i, _, _), part in zip(pieces, own, strict=True):
             parts[i].append(part)
+    whole = [own[0] if len(own) == 1 else tf.concat(own or [[]], axis=0) for own in parts]
     return [
-        tf.cast(tf.reshape(tf.concat(own, 0) if own else [], t.shape), t.dtype)
-        for own, t in zip(parts, like, strict=True)
+        tf.cast(tf.reshape(x, t.shape), t.dtype) for x, t in zip(whole, like, strict=True)
+    ]
+
+
+def members(tensors: Sequence[Any]) -> list[tuple[list[int], np.ndarray]]:
+    """For each pack of `pack` the numbers of its tensors, and where each ends in it."""
+    return [
+        ([i for i, _, _ in pieces], np.cumsum([end - begin for _, begin, end in pieces]))
+        for pieces in _pieces(tensors)
     ]
 
 

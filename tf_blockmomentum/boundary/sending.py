@@ -5,12 +5,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_blockmomentum._private.tensorflow import wire_dtype
 from tf_blockmomentum.algorithm import square_norm, square_sum
-from tf_blockmomentum.boundary.codes import BITS, fits
+from tf_blockmomentum.boundary.codes import BITS, fitting
 from tf_blockmomentum.boundary.feedback import Feedback, HalfFeedback, wide
 from tf_blockmomentum.boundary.header import TOLD, Header
 from tf_blockmomentum.boundary.measuring import Measuring
-from tf_blockmomentum.boundary.packing import pack
+from tf_blockmomentum.boundary.nonfinite import first_bad
+from tf_blockmomentum.boundary.packing import members, pack
 from tf_blockmomentum.variables import MEAN, Rules
 
 # Weights from which compiling pays: it takes half a second, and with codes two, and saves, of a
@@ -101,7 +103,8 @@ class Sending:
 
     @property
     def travelling(self) -> list[Any]:
-        """The variables that a boundary averages, in the order of `_outgoing`."""
+        """The variables that a boundary averages, in the order in which
+        they do."""
         return [*self.trained, *self.statistics]
 
     @property
@@ -122,6 +125,11 @@ class Sending:
         jit = self._jit or weights >= (_LARGE_CODED if self._feedback else _LARGE)
         return tf.function(replica_fn, jit_compile=jit, autograph=False)
 
+    def _unless_fused(self, replica_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for the outer step, if something is gained by it."""
+        fused = all(optimizer.fused for optimizer in self._optimizers)
+        return replica_fn if fused and not self._jit else self._compiled(replica_fn)
+
     def leave(self, told: tf.Tensor) -> list[tf.Tensor]:
         """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
         as zeros if it is left out; then the header."""
@@ -131,87 +139,99 @@ class Sending:
             landed, under_way = map(self._compiled, (self._keep, self._keep_under_way))
             in_flight = self._optimizers[0].under_way
             tf.cond(in_flight, lambda: under_way(steps), lambda: landed(steps))
-        packs, codes, scales = self._packs(steps), [], None
+        packs, codes, groups, scales = self._packs(), [], [], None
         tested = packs
         if self._feedback:
-            groups = self._groups(steps)
+            groups = self._groups()
             scales = self._feedback.scales_of(groups)
             tested = [*packs, scales]
         finite = tf.reduce_all([True, *(tf.reduce_all(tf.math.is_finite(p)) for p in tested)])
-        first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(steps))
+        if not self._overlap:  # with it statistics travel from a replica without steps too
+            finite = tf.logical_or(finite, steps == 0)
+        first = tf.cond(finite, lambda: 0, lambda: self._first_not_finite(packs, groups))
         taking_part = tf.logical_and(steps > 0, finite)
         # Not by multiplying: a replica that is left out may hold anything.
-        packs = tf.cond(finite, lambda: packs, lambda: [no_values(p, finite) for p in packs])
+        some = finite if self._overlap else taking_part
+        packs = tf.cond(some, lambda: packs, lambda: [no_values(p, some) for p in packs])
         if self._feedback:
             message, spec = self._feedback.message, self._feedback.message_spec
-            codes = [
-                tf.cond(finite, lambda: message(groups, scales), lambda: no_values(spec, finite))
-            ]
+            codes = [tf.cond(some, lambda: message(groups, scales), lambda: no_values(spec, some))]
         square = tf.constant(0.0)
         if self._optimizers[0].measures_drift or self.measuring.on:
             if self._optimizers[0].measures_drift:
                 measure = self._compiled(lambda *args: square_norm(self._coded(*args)[0]))
-                square = measure(steps, *codes)
+                square = measure(*codes)
             else:
                 wanted = told[TOLD.index("measuring")] > 0
                 measure = tf.function(lambda *a: square_sum(self._coded(*a)[0]), autograph=False)
-                square = tf.cond(wanted, lambda: measure(steps, *codes), lambda: 0.0)
+                square = tf.cond(wanted, lambda: measure(*codes), lambda: 0.0)
             square = tf.where(taking_part, square, 0.0)
             self._sent_square.assign(square)
         if self._feedback:
             keep_back = self._feedback.keep_back
             tf.cond(taking_part, lambda: keep_back(groups, scales), lambda: None)
             if self._feedback.scales is not None:
-                self._feedback.scales.assign(tf.where(finite, scales, 0.0))
+                self._feedback.scales.assign(tf.where(some, scales, 0.0))
         elif self._float16:  # not one function with the next: XLA would copy before it overwrites
-            self._compiled(self._settle_residuals)(steps, taking_part)
+            self._compiled(self._settle_residuals)(taking_part)
         if self._overlap:
             as_it_was = tf.logical_and(finite, not (self._float16 or self._feedback))
             settle = self._compiled(self._settle_sent)
-            tf.cond(as_it_was, lambda: None, lambda: settle(steps, taking_part, *codes))
+            tf.cond(as_it_was, lambda: None, lambda: settle(taking_part, *codes))
         counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
         header = self._header(told, taking_part, steps, first, square)
         return [*codes, *self.header.attach(packs, header)]
 
-    def _packs(self, steps: tf.Tensor) -> list[tf.Tensor]:
+    def _packs(self) -> list[tf.Tensor]:
         """What a replica sends but for the header and codes, should all be finite."""
 
-        def packed(steps: tf.Tensor) -> list[tf.Tensor]:
-            outgoing = self._outgoing(steps)
-            return pack(outgoing[len(self.trained) :] if self._feedback else outgoing)
+        def packed() -> list[tf.Tensor]:
+            return [*self._weight_packs(), *pack(list(map(tf.convert_to_tensor, self.statistics)))]
 
-        # With overlap and without XLA they are parts of the variables with the deltas, no copies.
-        copies = not self._overlap or self._float16
-        return (self._compiled(packed) if copies else packed)(steps)
+        return (self._compiled(packed) if self._float16 or self._jit else packed)()
 
-    def _groups(self, steps: tf.Tensor) -> list[tf.Tensor]:
+    def _weight_packs(self) -> list[tf.Tensor]:
+        """The deltas, packed; with `overlap` and without XLA parts of the variables that have them,
+        no copies. With codes they are none."""
+        if self._feedback:
+            return []
+        weights = list(map(tf.convert_to_tensor, self.trained))
+        if self._overlap or self._float16 or any(wire_dtype(w.dtype) != w.dtype for w in weights):
+            return pack(self._coded()[0])
+        # First packed, then subtracted: each delta has a buffer of its own, which takes the sum.
+        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
+        return [w - x for w, x in zip(pack(weights), pack(begins), strict=True)]
+
+    def _groups(self) -> list[tf.Tensor]:
         """What is to be sent as codes, in blocks."""
 
-        def groups(steps: tf.Tensor) -> list[tf.Tensor]:
-            return self.layout.join(self._kept(steps))
+        def groups() -> list[tf.Tensor]:
+            return self.layout.join(self._kept())
 
-        return (groups if self._overlap else self._compiled(groups))(steps)
+        return (groups if self._overlap else self._compiled(groups))()
 
-    def _wanted(self, steps: tf.Tensor, under_way: bool | None = None) -> list[tf.Tensor]:
-        """This replica's deltas and what has been kept back of them; 0 if it took no step."""
+    def _wanted(self, under_way: bool | None = None) -> list[tf.Tensor]:
+        """This replica's deltas and what has been kept back of them."""
         deltas = [x for optimizer in self._optimizers for x in optimizer.deltas(under_way)]
         kept_back = self._feedback or self._float16
-        if kept_back:
-            pairs = zip(deltas, kept_back.residuals, strict=True)
-            deltas = [tf.cast(x, r.dtype) + r for x, r in pairs]
-        return [tf.where(steps > 0, x, tf.zeros([], x.dtype)) for x in deltas]
+        if not kept_back:
+            return deltas
+        pairs = zip(deltas, kept_back.residuals, strict=True)
+        return [tf.cast(x, r.dtype) + r for x, r in pairs]
 
     def _keep(self, steps: tf.Tensor, under_way: bool = False) -> None:
-        """With `overlap`: the deltas are in variables from now on."""
-        for optimizer, deltas in self._by_optimizer(self._wanted(steps, under_way)):
+        """With `overlap`: the deltas are in variables from now on; 0 if it took no step."""
+        some = steps > 0
+        wanted = [tf.where(some, x, tf.zeros([], x.dtype)) for x in self._wanted(under_way)]
+        for optimizer, deltas in self._by_optimizer(wanted):
             optimizer.keep_deltas(deltas)
 
     def _keep_under_way(self, steps: tf.Tensor) -> None:
         """As `_keep`, where the block before has not landed."""
         self._keep(steps, under_way=True)
 
-    def _kept(self, steps: tf.Tensor) -> list[tf.Tensor]:
+    def _kept(self) -> list[tf.Tensor]:
         """As `_wanted`, from variables if it is there."""
         if self._overlap:
             sent = [x for optimizer in self._optimizers for x in optimizer.sent]
@@ -219,41 +239,47 @@ class Sending:
             if not (self._float16 or self._feedback):
                 return sent
             return [tf.cast(x, wide(x.dtype)) for x in sent]
-        return self._wanted(steps)
+        return self._wanted()
 
-    def _coded(
-        self, steps: tf.Tensor, *codes: tf.Tensor
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    def _coded(self, *codes: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """What this replica sends as deltas, and what float16 would keep back."""
         if codes:
             return self.layout.values(codes[0]), []
-        wanted = self._kept(steps)
+        wanted = self._kept()
         return self._float16.split(wanted) if self._float16 else (wanted, [])
 
-    def _outgoing(self, steps: tf.Tensor) -> list[tf.Tensor]:
-        """What a replica sends but for the header, should all be finite."""
-        statistics = list(map(tf.convert_to_tensor, self.statistics))
-        if not self._overlap:  # with it they are averaged later, if at all
-            statistics = [tf.where(steps > 0, t, tf.zeros([], t.dtype)) for t in statistics]
-        return [*self._coded(steps)[0], *statistics]
+    def _first_not_finite(self, packs: list[tf.Tensor], groups: list[tf.Tensor]) -> tf.Tensor:
+        """The number, from 1, of the first of `travelling` that is not, or that codes do not
+        hold."""
+        weights, count = self._packed_weights, len(self.trained)
+        statistics = members(self._packed_statistics)
+        return first_bad(
+            [*(tf.reshape(fitting(g), [-1]) for g in groups), *map(tf.math.is_finite, packs)],
+            [
+                *(self.layout.members if groups else members(weights)),
+                *(([i + count for i in numbers], ends) for numbers, ends in statistics),
+            ],
+        )
 
-    def _first_not_finite(self, steps: tf.Tensor) -> tf.Tensor:
-        """The number, from 1, of the first tensor that is not."""
-        outgoing = self._outgoing(steps)
-        finite = [tf.reduce_all(tf.math.is_finite(t)) for t in outgoing]
-        if self._feedback:
-            weights = len(self.trained)
-            finite[:weights] = map(fits, outgoing[:weights])
-        return tf.argmin(tf.cast(tf.stack([True, *finite]), tf.int32), output_type=tf.int32)
+    @property
+    def _packed_weights(self) -> list[tf.TensorSpec]:
+        """Of the deltas as they are packed, shapes and dtypes."""
+        half = tf.float16 if self._float16 else None
+        return [tf.TensorSpec(v.shape, half or tf.as_dtype(v.dtype)) for v in self.trained]
 
-    def _settle_residuals(self, steps: tf.Tensor, taking_part: tf.Tensor) -> None:
+    @property
+    def _packed_statistics(self) -> list[tf.TensorSpec]:
+        """Of the statistics."""
+        return [tf.TensorSpec(v.shape, tf.as_dtype(v.dtype)) for v in self.statistics]
+
+    def _settle_residuals(self, taking_part: tf.Tensor) -> None:
         """What has been sent is kept back no longer."""
         assert self._float16
-        self._float16.keep_back(self._coded(steps)[1], taking_part)
+        self._float16.keep_back(self._coded()[1], taking_part)
 
-    def _settle_sent(self, steps: tf.Tensor, taking_part: tf.Tensor, *codes: tf.Tensor) -> None:
+    def _settle_sent(self, taking_part: tf.Tensor, *codes: tf.Tensor) -> None:
         """With `overlap`: what has been sent is what is in flight."""
-        for optimizer, values in self._by_optimizer(self._coded(steps, *codes)[0]):
+        for optimizer, values in self._by_optimizer(self._coded(*codes)[0]):
             for x, value in zip(optimizer.sent, values, strict=True):
                 value = tf.cast(value, x.dtype)
                 if not codes:  # which are zeros then
