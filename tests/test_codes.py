@@ -85,12 +85,16 @@ def test_what_is_not_finite_stays_so(compression, jit):
 
 @each
 @pytest.mark.parametrize("replicas", [1, 2, 3, 300])
-def test_layout(compression, replicas):
+@pytest.mark.parametrize("large", [codes.BLOCK * 64, None])
+def test_layout(compression, replicas, large, monkeypatch):
     """Large tensors, with a rest and without, small ones, scalars and empty ones; messages."""
     bits, rng = codes.BITS[compression], np.random.default_rng(0)
     shapes = [(130, 256), (), (7, 3), (123, 457), (0, 4), (1000,)]
     tensors = [tf.constant(rng.normal(size=shape), tf.float32) for shape in shapes]
+    if large:  # of these two; else they all share blocks
+        monkeypatch.setattr(codes, "_LARGE", large)
     layout = codes.Layout(tensors, bits, replicas)
+    assert layout.large == ([0, 3] if large else [])
     groups = layout.join(tensors)
     for got, tensor in zip(layout.split(groups), tensors, strict=True):
         np.testing.assert_array_equal(got, tensor)
@@ -103,10 +107,10 @@ def test_layout(compression, replicas):
     flat = np.concatenate([x.numpy() for x in groups])
     want, want_scales = reference.coded(flat, bits)
     for got, tensor in zip(
-        layout.values(message), layout.split(layout.join(tensors)), strict=True
+        layout.split(layout.decode(message)), layout.split(layout.join(tensors)), strict=True
     ):
         assert got.shape == tensor.shape
-    got = np.concatenate(layout.join(layout.values(message)))
+    got = np.concatenate(layout.decode(message))
     np.testing.assert_array_equal(got, np.where(flat == 0, 0, want))
     # A part is a message of its own.
     parts = tf.split(message, replicas)

@@ -80,7 +80,7 @@ class Boundary(Sending):
         """What `_sum` returned, with the sums in place of their codes; they may be already. Not
         within the outer step, where XLA would decode once for each of its results."""
         if self._feedback and sums[0].dtype == tf.int32:
-            return [*self._compiled(self.layout.values)(sums[0]), *sums[2:]]
+            return [*self._feedback.values(sums[0]), *sums[2:]]
         return sums
 
     def settle_parts(self, sums: list[tf.Tensor]) -> None:

@@ -21,7 +21,7 @@ import tensorflow as tf
 _MOST_FLOAT16 = 60000.0  # that rounding cannot carry past the largest float16
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 256  # values that share a scale
-_LARGE = 64 * BLOCK  # elements of a tensor that has blocks of its own: less than 1.6 % of padding
+_LARGE = 1 << 20  # elements of a tensor that has blocks of its own
 _LANES = 32  # as many values side by side as the processor takes at once, or more
 _MOST = np.float32(2.0**127)  # below it neither a value's code nor its scale overflows
 _LEAST = np.float32(2.0**-100)  # from it on neither do reciprocals; a smaller value waits
@@ -131,8 +131,9 @@ def _most(bits: int) -> int:
 class Layout:
     """How tensors become blocks, and blocks messages.
 
-    Large tensors have blocks of their own, which need no copy; the others share theirs. The blocks
-    are dealt out in order: each replica owns as many.
+    Large tensors have groups of blocks of their own, which need no copy; the others share theirs,
+    so that there are few groups: each is compiled for itself. The blocks are dealt out in order:
+    each replica owns as many.
 
     Args:
         tensors: of their shapes; the order of `join` and `split`.
@@ -144,9 +145,10 @@ class Layout:
         self.bits, self.replicas = bits, replicas
         self._shapes = [t.shape for t in tensors]
         self._counts = [shape.num_elements() for shape in self._shapes]
-        small = [i for i, count in enumerate(self._counts) if count < _LARGE]
-        self._groups = [[i] for i, count in enumerate(self._counts) if count >= _LARGE]
-        self._groups += [small] if small else []
+        # The numbers of those that have a group of their own, and of those of the last group.
+        self.large = [i for i, count in enumerate(self._counts) if count >= _LARGE]
+        self.small = [i for i, count in enumerate(self._counts) if count < _LARGE]
+        self._groups = [[i] for i in self.large] + ([self.small] if self.small else [])
         values = [sum(self._counts[i] for i in group) for group in self._groups]
         self._blocks = [-(-count // BLOCK) for count in values]
         self.blocks = sum(self._blocks)
@@ -155,26 +157,30 @@ class Layout:
         self.message = self._words + -(-self.part // 2)  # with the scales, two in each
 
     def join(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """Tensors as groups of blocks, float32 of shape [blocks, 256] each, padded with 0."""
-        groups = []
-        for group in self._groups:
-            flat = [tf.cast(tf.reshape(tensors[i], [-1]), tf.float32) for i in group]
-            joined = flat[0] if len(flat) == 1 else tf.concat(flat, axis=0)
-            if joined.shape[0] % BLOCK:
-                joined = tf.pad(joined, [[0, -joined.shape[0] % BLOCK]])
-            groups.append(tf.reshape(joined, [-1, BLOCK]))
-        return groups
+        """Tensors as groups of blocks."""
+        return [self.group([tensors[i] for i in group]) for group in self._groups]
+
+    @staticmethod
+    def group(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+        """A group: float32 of shape [blocks, 256], padded with 0."""
+        flat = [tf.reshape(tf.cast(x, tf.float32), [-1]) for x in tensors]
+        joined = flat[0] if len(flat) == 1 else tf.concat(flat, axis=0)
+        if joined.shape[0] % BLOCK:
+            joined = tf.pad(joined, [[0, -joined.shape[0] % BLOCK]])
+        return tf.reshape(joined, [-1, BLOCK])
 
     def split(self, groups: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """The reverse: float32 tensors."""
+        """The reverse of `join`: float32 tensors. Without XLA they are parts of the groups, no
+        copies."""
         tensors: list[Any] = [None] * len(self._shapes)
-        for group, blocks in zip(self._groups, groups, strict=True):
-            flat, begin = tf.reshape(blocks, [-1]), 0
-            for i in group:
-                end = begin + self._counts[i]
-                whole = begin == 0 and end == flat.shape[0]
-                tensors[i] = tf.reshape(flat if whole else flat[begin:end], self._shapes[i])
-                begin = end
+        for group, count, blocks in zip(self._groups, self._blocks, groups, strict=True):
+            sizes = [self._counts[i] for i in group]
+            padding = count * BLOCK - sum(sizes)
+            sizes += [padding] if padding else []
+            flat = tf.reshape(blocks, [-1])
+            parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
+            for i, part in zip(group, parts, strict=False):
+                tensors[i] = tf.reshape(part, self._shapes[i])
         return tensors
 
     @property
@@ -218,12 +224,12 @@ class Layout:
         scales = tf.reshape(tf.stack(halves, axis=2), [-1, 2 * pairs.shape[1]])
         return words, tf.bitcast(scales[:, : self.part], tf.float32)
 
-    def values(self, message: tf.Tensor) -> list[tf.Tensor]:
-        """The tensors that a message of all blocks holds, float32."""
+    def decode(self, message: tf.Tensor) -> list[tf.Tensor]:
+        """The groups that a message of all blocks holds."""
         words, scales = self.read(message)
         words = tf.reshape(words, [self.replicas * self.part, -1])
-        groups = zip(self.of_groups(words), self.of_groups(tf.reshape(scales, [-1])), strict=True)
-        return self.split([decode(w, s, self.bits) for w, s in groups])
+        pairs = zip(self.of_groups(words), self.of_groups(tf.reshape(scales, [-1])), strict=True)
+        return [decode(w, s, self.bits) for w, s in pairs]
 
     def anew(self, parts: Sequence[np.ndarray], replica: int) -> np.ndarray:
         """One replica's part of what is kept back of sums, from the parts of another number of

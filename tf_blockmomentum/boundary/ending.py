@@ -264,7 +264,7 @@ class Ending:
         sums, status = self._arrive() if self.flight.under_way else ([], None)
         if sums and self.replica.statistics:  # what is sent of them is of after their landing
             self._land_statistics(sums)
-        self.flight.depart(self._transport, self._send(told))
+        self.flight.depart(self._transport, self._send(told, bool(sums)))
         drift = self._begin(sums)
         if status is not None:
             self._note_landing(status, drift)

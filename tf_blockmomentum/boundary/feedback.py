@@ -134,16 +134,27 @@ class Feedback:
 
     def keep_back(self, groups: list[tf.Tensor], scales: tf.Tensor) -> None:
         """What has been sent is kept back no longer; what it lacks is."""
+        large, small = self.layout.large, self.layout.small
 
-        def settle(groups: list[tf.Tensor], scales: tf.Tensor) -> None:
+        def settle(groups: list[tf.Tensor], scales: tf.Tensor) -> list[tf.Tensor]:
             own = self.layout.of_groups(scales)
             inverses = self.layout.of_groups(codes.reciprocals(scales))
             triples = zip(groups, own, inverses, strict=True)
-            rests = self.layout.split([codes.rest(*triple) for triple in triples])
-            for residual, rest in zip(self.residuals, rests, strict=True):
-                residual.assign(tf.cast(rest, residual.dtype))
+            rests = [codes.rest(*triple) for triple in triples]
+            whole = self.layout.split(rests)
+            for i in large:  # in place; the small ones are parts of one tensor, which they share
+                self.residuals[i].assign(tf.cast(whole[i], self.residuals[i].dtype))
+            return rests[len(large) :]
 
-        self._compiled(settle)(groups, scales)
+        rests = self._compiled(settle)(groups, scales)
+        if small:
+            whole = self.layout.split([*groups[: len(large)], *rests])
+            for i in small:
+                self.residuals[i].assign(tf.cast(whole[i], self.residuals[i].dtype))
+
+    def values(self, message: tf.Tensor) -> list[tf.Tensor]:
+        """The tensors that a message holds, float32."""
+        return self.layout.split(self._compiled(self.layout.decode)(message))
 
     # -- the owner ----------------------------------------------------------------------------
 

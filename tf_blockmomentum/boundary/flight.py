@@ -135,7 +135,7 @@ class OverlappedBoundary(Boundary):
 
         self._compiled(land)(sums, header, begun)
 
-    def _keep(self, steps: tf.Tensor, under_way: bool = False) -> None:
+    def _keep(self, steps: tf.Tensor, under_way: bool) -> None:
         super()._keep(steps, under_way)
         for v in self.statistics:
             self._sent_statistics[id(v)].assign(v)

@@ -39,9 +39,7 @@ def unpack(packs: Sequence[tf.Tensor], like: Sequence[Any]) -> list[tf.Tensor]:
         for (i, _, _), part in zip(pieces, own, strict=True):
             parts[i].append(part)
     whole = [own[0] if len(own) == 1 else tf.concat(own or [[]], axis=0) for own in parts]
-    return [
-        tf.cast(tf.reshape(x, t.shape), t.dtype) for x, t in zip(whole, like, strict=True)
-    ]
+    return [tf.cast(tf.reshape(x, t.shape), t.dtype) for x, t in zip(whole, like, strict=True)]
 
 
 def members(tensors: Sequence[Any]) -> list[tuple[list[int], np.ndarray]]:

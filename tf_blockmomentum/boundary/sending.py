@@ -1,6 +1,6 @@
 """What a replica sends at a boundary, and its state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -130,15 +130,22 @@ class Sending:
         fused = all(optimizer.fused for optimizer in self._optimizers)
         return replica_fn if fused and not self._jit else self._compiled(replica_fn)
 
-    def leave(self, told: tf.Tensor) -> list[tf.Tensor]:
+    def leave(self, told: tf.Tensor, under_way: bool = False) -> list[tf.Tensor]:
         """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
-        as zeros if it is left out; then the header."""
+        as zeros if it is left out; then the header.
+
+        Args:
+            told: what the host has to say, by `TOLD`.
+            under_way: whether the block before has not landed yet.
+        """
         steps = tf.convert_to_tensor(self.steps)
         self.steps.assign(tf.zeros_like(self.steps))
         if self._overlap:
-            landed, under_way = map(self._compiled, (self._keep, self._keep_under_way))
-            in_flight = self._optimizers[0].under_way
-            tf.cond(in_flight, lambda: under_way(steps), lambda: landed(steps))
+
+            def keep(steps: tf.Tensor) -> None:
+                self._keep(steps, under_way)
+
+            self._compiled(keep)(steps)
         packs, codes, groups, scales = self._packs(), [], [], None
         tested = packs
         if self._feedback:
@@ -174,10 +181,12 @@ class Sending:
                 self._feedback.scales.assign(tf.where(some, scales, 0.0))
         elif self._float16:  # not one function with the next: XLA would copy before it overwrites
             self._compiled(self._settle_residuals)(taking_part)
-        if self._overlap:
-            as_it_was = tf.logical_and(finite, not (self._float16 or self._feedback))
+        if self._overlap and self._feedback:
+            self._settle_sent(taking_part, *codes)
+        elif self._overlap:
+            as_it_was = tf.logical_and(finite, not self._float16)
             settle = self._compiled(self._settle_sent)
-            tf.cond(as_it_was, lambda: None, lambda: settle(taking_part, *codes))
+            tf.cond(as_it_was, lambda: None, lambda: settle(taking_part))
         counts = (taking_part, told[TOLD.index("stopping")], steps, first)
         self._sent_counts.assign(tf.stack([tf.cast(x, tf.int64) for x in counts]))
         header = self._header(told, taking_part, steps, first, square)
@@ -192,8 +201,8 @@ class Sending:
         return (self._compiled(packed) if self._float16 or self._jit else packed)()
 
     def _weight_packs(self) -> list[tf.Tensor]:
-        """The deltas, packed; with `overlap` and without XLA parts of the variables that have them,
-        no copies. With codes they are none."""
+        """The deltas, packed; with `overlap` and without XLA parts of the variables that have
+        them, no copies. With codes there are none."""
         if self._feedback:
             return []
         weights = list(map(tf.convert_to_tensor, self.trained))
@@ -205,31 +214,44 @@ class Sending:
 
     def _groups(self) -> list[tf.Tensor]:
         """What is to be sent as codes, in blocks."""
-
-        def groups() -> list[tf.Tensor]:
+        if self._overlap:
             return self.layout.join(self._kept())
+        large, small = self.layout.large, self.layout.small
 
-        return (groups if self._overlap else self._compiled(groups))()
+        def blocks() -> list[tf.Tensor]:
+            return [self.layout.group([x]) for x in self._wanted(large)]
 
-    def _wanted(self, under_way: bool | None = None) -> list[tf.Tensor]:
-        """This replica's deltas and what has been kept back of them."""
-        deltas = [x for optimizer in self._optimizers for x in optimizer.deltas(under_way)]
+        groups = self._compiled(blocks)() if large else []
+        return [*groups, self.layout.group(self._wanted(small))] if small else groups
+
+    def _wanted(
+        self, which: Sequence[int] | None = None, under_way: bool = False
+    ) -> list[tf.Tensor]:
+        """This replica's deltas and what has been kept back of them.
+
+        Args:
+            which: numbers of the variables that are asked for, in order; all, if None.
+            under_way: with `overlap`, whether the block before has not landed.
+        """
+        begins = [
+            x for o in self._optimizers for x in (o.begins(under_way) if o.overlap else o.anchors)
+        ]
+        pairs = list(zip(self.trained, begins, strict=True))
+        numbers = range(len(pairs)) if which is None else which
+        deltas = [tf.subtract(*map(tf.convert_to_tensor, pairs[i])) for i in numbers]
         kept_back = self._feedback or self._float16
         if not kept_back:
             return deltas
-        pairs = zip(deltas, kept_back.residuals, strict=True)
-        return [tf.cast(x, r.dtype) + r for x, r in pairs]
+        residuals = [kept_back.residuals[i] for i in numbers]
+        return [tf.cast(x, r.dtype) + r for x, r in zip(deltas, residuals, strict=True)]
 
-    def _keep(self, steps: tf.Tensor, under_way: bool = False) -> None:
+    def _keep(self, steps: tf.Tensor, under_way: bool) -> None:
         """With `overlap`: the deltas are in variables from now on; 0 if it took no step."""
         some = steps > 0
-        wanted = [tf.where(some, x, tf.zeros([], x.dtype)) for x in self._wanted(under_way)]
+        wanted = self._wanted(under_way=under_way)
+        wanted = [tf.where(some, x, tf.zeros([], x.dtype)) for x in wanted]
         for optimizer, deltas in self._by_optimizer(wanted):
             optimizer.keep_deltas(deltas)
-
-    def _keep_under_way(self, steps: tf.Tensor) -> None:
-        """As `_keep`, where the block before has not landed."""
-        self._keep(steps, under_way=True)
 
     def _kept(self) -> list[tf.Tensor]:
         """As `_wanted`, from variables if it is there."""
@@ -243,8 +265,8 @@ class Sending:
 
     def _coded(self, *codes: tf.Tensor) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
         """What this replica sends as deltas, and what float16 would keep back."""
-        if codes:
-            return self.layout.values(codes[0]), []
+        if self._feedback and codes:
+            return self._feedback.values(codes[0]), []
         wanted = self._kept()
         return self._float16.split(wanted) if self._float16 else (wanted, [])
 
