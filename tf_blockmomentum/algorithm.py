@@ -1,6 +1,8 @@
 """The algorithm: what a block does to the anchor, the velocity and the replica's weights."""
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -11,6 +13,19 @@ from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.exchange import means
 from tf_blockmomentum.outer import momentum_step
 from tf_blockmomentum.settings import Settings
+
+_chosen = threading.local()
+
+
+@contextlib.contextmanager
+def only(ids: set[int]) -> Iterator[None]:
+    """Inside, `trained_variables` and all that goes with them are those of these ids; for this
+    thread, since another may trace what travels meanwhile."""
+    _chosen.ids = ids
+    try:
+        yield
+    finally:
+        del _chosen.ids
 
 
 class Blocks(Settings):
@@ -75,6 +90,8 @@ class Blocks(Settings):
         """From a list with one for each of the built variables, those with block momentum."""
         having = self._updated or {id(v) for v in self.built_variables}
         having = having - self.without_momentum
+        part = getattr(_chosen, "ids", None)
+        having = having if part is None else having & part
         return [x for x, v in zip(variables, self.built_variables, strict=True) if id(v) in having]
 
     def deltas(self, under_way: bool | None = None) -> list[tf.Tensor]:

@@ -44,13 +44,13 @@ class Boundary(Sending):
 
     def _come_back(self, sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
         """The outer step, and this replica to the anchor. Returns the drift."""
-        sums, others = self._arrived(sums, header)
-        numbers = self.header.read(header)
+        deltas, numbers = self._deltas(sums), self.header.read(header)
+        statistics = unpack(self._statistics(sums, header), self._packed_statistics)
         active, share = numbers["active"], share_of(numbers["active"])
-        drift = self._drift(sums, numbers)
-        for optimizer, own in self._by_optimizer(sums):
+        drift = self._drift(deltas, numbers)
+        for optimizer, own in self._by_optimizer(deltas):
             optimizer.end_block(own, active, tf.reduce_sum(numbers["steps"]) * share)
-        for v, value in zip(self.statistics, others, strict=True):
+        for v, value in zip(self.statistics, statistics, strict=True):
             v.assign(value)
         return drift
 
@@ -100,21 +100,24 @@ class Boundary(Sending):
             return [*self._feedback.sum(packs[0]), *sum_packs(packs[1:])]
         return sum_packs(packs)
 
-    def _arrived(
-        self, sums: list[tf.Tensor], header: tf.Tensor
-    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-        """The sums of the deltas, no longer packed, and the means of the statistics; the summed
-        header says how many replicas are in them."""
-        count, numbers, sums = len(self.trained), self.header.read(header), self._decoded(sums)
+    def _deltas(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The sums of the deltas, from what has arrived and was decoded, without the header."""
         if not self._feedback:
-            packs = len(members(self._packed_weights))
-            sums = [*unpack(sums[:packs], self._packed_weights), *sums[packs:]]
-        pairs = zip(sums[:count], self.trained, strict=True)
-        deltas = [tf.cast(x, v.dtype) for x, v in pairs]
-        statistics = unpack(sums[count:], self._packed_statistics)
-        finite = numbers["finite" if self._overlap else "active"]
-        return deltas, means(statistics, finite)
+            sums = unpack(sums[: self._count_of_deltas], self._packed_weights)
+        return [tf.cast(x, v.dtype) for x, v in zip(sums, self.trained, strict=False)]
+
+    def _statistics(self, sums: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
+        """The means of the statistics, still packed; the summed header says of how many replicas
+        they are."""
+        numbers = self.header.read(header)
+        replicas = numbers["finite" if self._overlap else "active"]
+        return means(self._decoded(sums)[self._count_of_deltas :], replicas)
+
+    @property
+    def _count_of_deltas(self) -> int:
+        """How many of the tensors that have arrived and were decoded are of deltas."""
+        return len(self.trained if self._feedback else members(self._packed_weights))
 
     def _means(self, sums: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
         """The means of the deltas."""
-        return means(self._arrived(sums, header)[0], self.header.read(header)["active"])
+        return means(self._deltas(sums), self.header.read(header)["active"])

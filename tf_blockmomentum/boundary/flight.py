@@ -13,9 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum.boundary.boundary import Boundary
-from tf_blockmomentum.boundary.exchange import share_of
+from tf_blockmomentum.boundary.exchange import means, share_of
 from tf_blockmomentum.boundary.header import TOLD
-from tf_blockmomentum.boundary.packing import pack
+from tf_blockmomentum.boundary.packing import pack, unpack
 
 
 class OverlappedBoundary(Boundary):
@@ -47,7 +47,7 @@ class OverlappedBoundary(Boundary):
             for optimizer in self._optimizers:
                 optimizer.begin_next()
 
-        self._compiled(begin_next)()
+        self._in_parts(begin_next)
         self._heal()
         return drift
 
@@ -75,9 +75,9 @@ class OverlappedBoundary(Boundary):
                 for optimizer in self._optimizers:
                     optimizer.step_on()
 
-            self._compiled(step_off)()
+            self._in_parts(step_off)
             drift = self._outer_step(sums)
-            self._compiled(step_on)()
+            self._in_parts(step_on)
         self.land_statistics(sums)
         return drift
 
@@ -91,49 +91,54 @@ class OverlappedBoundary(Boundary):
         goes on with the next block, and its weights move with what lands."""
         sums, header = self.header.detach(self._decoded(sums))
         self._measure(sums, header)
+        numbers = self.header.read(header)
+        active = numbers["active"]
 
-        def outer_step(sums: list[tf.Tensor], header: tf.Tensor) -> tf.Tensor:
-            sums, numbers = self._arrived(sums, header)[0], self.header.read(header)
+        def outer_step(sums: list[tf.Tensor], numbers: dict[str, tf.Tensor]) -> tf.Tensor:
             active, share = numbers["active"], share_of(numbers["active"])
             drift = self._drift(sums, numbers)
             for optimizer, own in self._by_optimizer(sums):
                 optimizer.land(own, active, tf.reduce_sum(numbers["steps"]) * share)
             return drift
 
-        def step_aside(sums: list[tf.Tensor], header: tf.Tensor) -> None:
-            for optimizer, its_d in self._by_optimizer(self._means(sums, header)):
-                optimizer.step_aside(its_d)
+        def step_aside(sums: list[tf.Tensor], active: tf.Tensor) -> None:
+            for optimizer, d in self._by_optimizer(means(sums, active)):
+                optimizer.step_aside(d)
 
-        def nobody() -> tf.Tensor:
-            for optimizer in self._optimizers if aside else ():
+        def stay() -> None:
+            for optimizer in self._optimizers:
                 optimizer.step_aside(None)
-            return tf.constant(0.0)
 
         def land() -> tf.Tensor:
+            deltas = self._deltas(sums)
             if aside:  # not in one function with the outer step: XLA would copy the velocity
-                self._compiled(step_aside)(sums, header)
-            return self._unless_fused(outer_step)(sums, header)
+                self._in_parts(step_aside, deltas, active)
+            return self._unless_fused(outer_step)(deltas, numbers)
 
-        some = self.header.read(header)["active"] > 0
-        return tf.cond(some, land, self._compiled(nobody) if aside else nobody)
+        def nobody() -> tf.Tensor:
+            if aside:
+                self._in_parts(stay)
+            return tf.constant(0.0)
+
+        return tf.cond(active > 0, land, nobody)
 
     def _land_statistics(self, sums: list[tf.Tensor], begun: tf.Tensor) -> None:
         """`begun`: whether they have changed since they were sent."""
         if not self.statistics:
             return
         sums, header = self.header.detach(sums)
-
-        def land(sums: list[tf.Tensor], header: tf.Tensor, begun: tf.Tensor) -> None:
-            some = self.header.read(header)["finite"] > 0
-            for v, mean in zip(self.statistics, self._arrived(sums, header)[1], strict=True):
-                own, sent = map(tf.convert_to_tensor, (v, self._sent_statistics[id(v)]))
-                # Of one that was not finite nothing is kept; one that has become so since
-                # is found at the next boundary.
-                kept = tf.logical_and(begun, tf.math.is_finite(sent))
-                value = mean + tf.where(kept, own - sent, tf.zeros([], own.dtype))
-                v.assign(tf.where(some, value, own))
-
-        self._compiled(land)(sums, header, begun)
+        some = self.header.read(header)["finite"] > 0
+        own = pack(list(map(tf.convert_to_tensor, self.statistics)))
+        sent = [tf.convert_to_tensor(self._sent_statistics[id(v)]) for v in self.statistics]
+        landed = []
+        for mean, x, y in zip(self._statistics(sums, header), own, pack(sent), strict=True):
+            # Of one that was not finite nothing is kept; one that has become so since is found
+            # at the next boundary.
+            kept = tf.logical_and(begun, tf.math.is_finite(y))
+            landed.append(tf.where(some, mean + tf.where(kept, x - y, tf.zeros([], x.dtype)), x))
+        values = unpack(landed, self._packed_statistics)
+        for v, value in zip(self.statistics, values, strict=True):
+            v.assign(value)
 
     def _keep(self, steps: tf.Tensor, under_way: bool) -> None:
         super()._keep(steps, under_way)

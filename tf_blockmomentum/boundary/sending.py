@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private.tensorflow import wire_dtype
-from tf_blockmomentum.algorithm import square_norm, square_sum
+from tf_blockmomentum.algorithm import only, square_norm, square_sum
 from tf_blockmomentum.boundary.codes import BITS, fitting
 from tf_blockmomentum.boundary.feedback import Feedback, HalfFeedback, wide
 from tf_blockmomentum.boundary.header import TOLD, Header
@@ -18,6 +18,8 @@ from tf_blockmomentum.variables import MEAN, Rules
 # Weights from which compiling pays: it takes half a second, and with codes two, and saves, of a
 # million weights, a third of a block's milliseconds, and with codes more than half.
 _LARGE, _LARGE_CODED = 500_000, 250_000
+# And elements of one of their variables: each takes 10 to 20 ms for each function.
+_LARGE_ALONE = 1 << 16
 
 
 class Sending:
@@ -73,6 +75,9 @@ class Sending:
             kept_back = self._feedback or self._float16
             if kept_back:
                 kept_back.ready(self.trained)
+        sizes = {id(v): v.shape.num_elements() for v in self.trained}
+        self._large = {key for key, count in sizes.items() if count >= _LARGE_ALONE}
+        self._small = set(sizes) - self._large
 
     @property
     def variables(self) -> list[Any]:
@@ -130,6 +135,31 @@ class Sending:
         fused = all(optimizer.fused for optimizer in self._optimizers)
         return replica_fn if fused and not self._jit else self._compiled(replica_fn)
 
+    def _in_parts(
+        self, replica_fn: Callable[..., Any], values: list[Any] | None = None, *args: Any
+    ) -> None:
+        """Calls a function that does the same to each of `trained`: compiled for the large ones,
+        while for the small ones, of which there may be hundreds, nothing is gained by it.
+
+        Args:
+            replica_fn: function of `values`, if given, and `args`.
+            values: one for each of `trained`; it is given those of its own.
+            args: for both.
+        """
+        compiled = self._compiled(replica_fn)
+        again = any(optimizer.inner_state == "reset" for optimizer in self._optimizers)
+        if self._jit or again or not self._large:
+            parts = [(self._small | self._large, compiled)]
+        else:
+            parts = [(self._large, compiled), (self._small, replica_fn)]
+        keys = [id(v) for v in self.trained]
+        for part, function in parts:
+            own = [x for key, x in zip(keys, values or keys, strict=True) if key in part]
+            if not own:
+                continue
+            with only(part):
+                function(*([] if values is None else [own]), *args)
+
     def leave(self, told: tf.Tensor, under_way: bool = False) -> list[tf.Tensor]:
         """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
         as zeros if it is left out; then the header.
@@ -141,11 +171,7 @@ class Sending:
         steps = tf.convert_to_tensor(self.steps)
         self.steps.assign(tf.zeros_like(self.steps))
         if self._overlap:
-
-            def keep(steps: tf.Tensor) -> None:
-                self._keep(steps, under_way)
-
-            self._compiled(keep)(steps)
+            self._keep(steps, under_way)
         packs, codes, groups, scales = self._packs(), [], [], None
         tested = packs
         if self._feedback:
@@ -209,8 +235,8 @@ class Sending:
         if self._overlap or self._float16 or any(wire_dtype(w.dtype) != w.dtype for w in weights):
             return pack(self._coded()[0])
         # First packed, then subtracted: each delta has a buffer of its own, which takes the sum.
-        begins = [x for optimizer in self._optimizers for x in optimizer.begins()]
-        return [w - x for w, x in zip(pack(weights), pack(begins), strict=True)]
+        anchors = [tf.convert_to_tensor(x) for o in self._optimizers for x in o.anchors]
+        return [w - x for w, x in zip(pack(weights), pack(anchors), strict=True)]
 
     def _groups(self) -> list[tf.Tensor]:
         """What is to be sent as codes, in blocks."""
@@ -224,19 +250,11 @@ class Sending:
         groups = self._compiled(blocks)() if large else []
         return [*groups, self.layout.group(self._wanted(small))] if small else groups
 
-    def _wanted(
-        self, which: Sequence[int] | None = None, under_way: bool = False
-    ) -> list[tf.Tensor]:
-        """This replica's deltas and what has been kept back of them.
-
-        Args:
-            which: numbers of the variables that are asked for, in order; all, if None.
-            under_way: with `overlap`, whether the block before has not landed.
-        """
-        begins = [
-            x for o in self._optimizers for x in (o.begins(under_way) if o.overlap else o.anchors)
-        ]
-        pairs = list(zip(self.trained, begins, strict=True))
+    def _wanted(self, which: Sequence[int] | None = None) -> list[tf.Tensor]:
+        """Without `overlap`: this replica's deltas and what has been kept back of them; of some
+        variables, by their numbers, or of all."""
+        anchors = [x for optimizer in self._optimizers for x in optimizer.anchors]
+        pairs = list(zip(self.trained, anchors, strict=True))
         numbers = range(len(pairs)) if which is None else which
         deltas = [tf.subtract(*map(tf.convert_to_tensor, pairs[i])) for i in numbers]
         kept_back = self._feedback or self._float16
@@ -247,11 +265,21 @@ class Sending:
 
     def _keep(self, steps: tf.Tensor, under_way: bool) -> None:
         """With `overlap`: the deltas are in variables from now on; 0 if it took no step."""
-        some = steps > 0
-        wanted = self._wanted(under_way=under_way)
-        wanted = [tf.where(some, x, tf.zeros([], x.dtype)) for x in wanted]
-        for optimizer, deltas in self._by_optimizer(wanted):
-            optimizer.keep_deltas(deltas)
+
+        def keep(residuals: list[Any], some: tf.Tensor) -> None:
+            deltas = [x for optimizer in self._optimizers for x in optimizer.deltas(under_way)]
+            for i, residual in enumerate(residuals):
+                x = deltas[i]
+                if residual is not None:
+                    x = tf.cast(x, residual.dtype) + residual
+                deltas[i] = tf.where(some, x, tf.zeros([], x.dtype))
+            for optimizer, own in self._by_optimizer(deltas):
+                optimizer.keep_deltas(own)
+
+        kept_back = self._feedback or self._float16
+        residuals = kept_back.residuals if kept_back else [None] * len(self.trained)
+        residuals = [r if r is None else tf.convert_to_tensor(r) for r in residuals]
+        self._in_parts(keep, residuals, steps > 0)
 
     def _kept(self) -> list[tf.Tensor]:
         """As `_wanted`, from variables if it is there."""
