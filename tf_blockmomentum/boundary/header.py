@@ -96,5 +96,5 @@ def crc(values: Iterable[Any]) -> int:
         flat = np.ascontiguousarray(value).reshape(-1)
         if flat.dtype.hasobject:  # a string tensor's
             flat = np.frombuffer(b"\0".join(flat), np.uint8)
-        found = zlib.crc32(flat.view(np.uint8), found)
+        found = zlib.crc32(flat.view(np.uint8).data, found)
     return found
