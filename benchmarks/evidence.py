@@ -60,6 +60,9 @@ LANGUAGE = {
         ("K-AVG", 32, (0.0,), 0.004),
         ("M-AVG", 32, (0.5,), 0.008),
         ("DiLoCo", 32, (0.9,), 0.02),
+        ("K-AVG", 128, (0.0,), 0.004),
+        ("M-AVG", 128, (0.5,), 0.008),
+        ("DiLoCo", 128, (0.9,), 0.02),
     ),
     8: (
         ("synchronous AdamW", 1, (0.0,), 0.004),
@@ -74,12 +77,18 @@ LANGUAGE = {
         ("DiLoCo", 32, (0.9,), 0.02),
     ),
 }
-TASK: dict[str, dict] = {"images": {4: IMAGES}, "language": LANGUAGE}
+LARGER = (
+    ("synchronous AdamW", 1, (0.0,), 0.002),
+    ("K-AVG", 32, (0.0,), 0.002),
+    ("M-AVG", 32, (0.3,), 0.004),
+    ("DiLoCo", 32, (0.9,), 0.01),
+)
+TASK: dict[str, dict] = {"images": {4: IMAGES}, "language": LANGUAGE, "larger": {4: LARGER}}
 OPTIONS = ("overlap=0.25", "overlap=0.5", "overlap=1", "float16", "int8", "int4",
            "overlap=0.5, int4")  # fmt: skip
 QUICK_REPLICAS = 2
 QUICK = ((0, 1), (SEARCH,), 3)  # seeds, those of the search, rates of a search at most
-STUDIES = ("momentum", "images", "language", "options", "target")
+STUDIES = ("momentum", "images", "language", "larger", "options", "target")
 
 
 def tuned(cells, task, replicas, of, seeds=SEEDS, search=(SEARCH,), most=7):
@@ -134,7 +143,7 @@ def run_tuned(study, replicas, path, quick):
 
 def quick_cells(study):
     """Some of those of four replicas."""
-    methods = ("SlowMo",) if study == "images" else ("synchronous AdamW", "DiLoCo")
+    methods = {"images": ("SlowMo",), "language": ("synchronous AdamW", "DiLoCo")}.get(study, ())
     cells = {cell[0]: cell for cell in reversed(TASK[study][4])}
     return [(name, k, (max(momenta),), rate) for name, k, momenta, rate in map(cells.get, methods)]
 
@@ -198,6 +207,8 @@ def parts(study, quick):
         return [(run_target, p) for p in ((2,) if quick else evidence_target.WORKERS)]
     if study == "options":
         return [(run_options, QUICK_REPLICAS if quick else 4)]
+    if quick and study == "larger":  # in small the same as the language's
+        return []
     return [(run_tuned, p) for p in ((QUICK_REPLICAS,) if quick else TASK[study])]
 
 

@@ -6,8 +6,8 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
-NAMES = {"images": "validation loss", "language": "validation, bits per byte"}
-STYLES = {1: ":", 8: "-", 32: "--"}
+NAMES = {"images": "validation loss"}
+STYLES = {1: ":", 8: "-", 32: "--", 128: "-."}
 
 
 def study(name, cells, path):
@@ -22,7 +22,7 @@ def study(name, cells, path):
         label += f", beta={cell.beta:g}" if cell.beta else ""
         style = {"color": colours[cell.method], "linestyle": STYLES[cell.k]}
         samples, curves = cell.curve
-        unit = 128 if name == "language" else 1
+        unit = 1 if name == "images" else 128
         left.plot(samples * unit, curves.mean(0) if len(curves) else [], label=label, **style)
         for beta in {beta for beta, _ in cell.tried}:  # pale: those that were not chosen
             own = {r: loss for (b, r), loss in sorted(cell.tried.items()) if b == beta}
@@ -30,10 +30,11 @@ def study(name, cells, path):
             pale = 1 if beta == cell.beta else 0.35
             xy = list(finite), list(finite.values())
             right.plot(*xy, marker="o", markersize=4, alpha=pale, **style)
-    left.set_xlabel("bytes of text" if name == "language" else "samples")
-    left.set_ylabel(f"{NAMES[name]}, mean over seeds")
+    left.set_xlabel("samples" if name == "images" else "bytes of text")
+    loss = NAMES.get(name, "validation, bits per byte")
+    left.set_ylabel(f"{loss}, mean over seeds")
     right.set_xlabel("inner learning rate (pale: at a beta that was not chosen)")
-    right.set_ylabel(f"{NAMES[name]}, the search's seed")
+    right.set_ylabel(f"{loss}, the search's seed")
     logarithmic(right.xaxis, (1, 2, 5))
     lowest = min((min(cell.tried.values()) for cell in shown), default=1.0)
     if name == "images":

@@ -14,7 +14,7 @@ from scipy import stats
 
 from tf_blockmomentum.published import published_rules
 
-SYNCHRONOUS = {"images": "synchronous momentum SGD", "language": "synchronous AdamW"}
+SYNCHRONOUS = {"images": "synchronous momentum SGD"}  # and AdamW for texts
 
 
 class Cell:
@@ -128,7 +128,7 @@ def study(name, cells, folder):
 
 
 def rivals(name, cells):
-    unit = "bits per byte" if name == "language" else "test loss"
+    unit = "test loss" if name == "images" else "bits per byte"
     titles = [
         "method", "K", "boundaries", "beta", "rate", unit, "minus K-AVG's of that K (p)",
         "minus the synchronous one's (p)",
@@ -144,7 +144,7 @@ def rivals(name, cells):
             mean_cell(cell.numbers("test_loss")),
         ]  # fmt: skip
         plain = [c for c in cells if c.method == "K-AVG" and c.k == cell.k]
-        at_once = [c for c in cells if c.method == SYNCHRONOUS[name]]
+        at_once = [c for c in cells if c.method == SYNCHRONOUS.get(name, "synchronous AdamW")]
         for others in (plain, at_once):
             row.append(cell.minus(others[0]) if others and others[0] is not cell else "")
         if name == "images":

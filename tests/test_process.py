@@ -1,5 +1,6 @@
 """What glibc and TensorFlow are told, and that the user's word wins."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -76,3 +77,44 @@ def test_messages_do_not_wait_for_a_step_on_the_only_core(given, threads):
         command, env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert f"threads {threads}\n" in done.stdout
+
+
+COPIES = """
+import ctypes, gc
+import keras, numpy as np
+import tf_blockmomentum as tfbm
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Info
+def used():
+    gc.collect()
+    return mallinfo2().uordblks + mallinfo2().hblkhd
+
+strategy = tfbm.MultiWorkerBlockStrategy()
+before = used()
+with strategy.scope():
+    layers = [keras.Input([4000]), keras.layers.Dense(4000), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(tfbm.BlockMomentum("sgd", 2), "mse")
+x = np.zeros([12, 4000], "float32")
+for _ in range(2):
+    model.fit(x, x[:, :1], batch_size=1, verbose=0, callbacks=[tfbm.BlockTraining(False)])
+print("copies", (used() - before) / 64e6)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc from 2.33 on")
+def test_nothing_of_the_size_of_the_model_is_left_besides_its_variables():
+    """After a fit weights and anchor share a buffer, and there is the velocity. TensorFlow's graph
+    optimizer makes constants of zeros, as large as what they stand for, and keeps them."""
+    # oneDNN's allocator keeps what is freed.
+    environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
+    command = [sys.executable, "-c", COPIES]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert float(re.search(r"copies (.+)", done.stdout)[1]) < 2.8
