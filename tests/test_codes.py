@@ -15,7 +15,7 @@ import tensorflow as tf
 from helpers import classifier, crossentropy, dataset, examples, replica_values
 
 import tf_blockmomentum as tfbm
-from tf_blockmomentum.boundary import codes, feedback
+from tf_blockmomentum.boundary import codes, compiling, feedback
 from tf_blockmomentum.boundary.exchange import exchange_parts, join_parts
 from tf_blockmomentum.strategy import worker_of
 
@@ -202,8 +202,19 @@ def test_parts_travel(pair, triple):
                 np.testing.assert_array_equal(joined, (ids + own).ravel())
 
 
-def trajectory(strategy, compression, slopes, shapes, jit, **settings):
-    """Every local replica's weights after each block of two steps, flat."""
+def trajectory(strategy, compression, slopes, shapes, jit, parts=False, **settings):
+    """Every local replica's weights after each block of two steps, flat. `parts`: as of a large
+    model, whose large variables have blocks of their own and are compiled, and the others not."""
+    with pytest.MonkeyPatch.context() as patch:
+        if parts:
+            patch.setattr(codes, "_LARGE", 10_000)
+            for name, value in (("_LARGE_CODED", 1), ("_LARGE_ALONE", 10_000)):
+                patch.setattr(compiling, name, value)
+        return trajectory_of(strategy, compression, slopes, shapes, jit, settings)
+
+
+def trajectory_of(strategy, compression, slopes, shapes, jit, settings):
+    """As `trajectory`."""
     strategy.compression = compression
     replicas = strategy.num_replicas_in_sync
     with strategy.scope():
@@ -248,22 +259,24 @@ SIZE = 150 * 256 + 421
 
 
 @pytest.mark.parametrize(
-    ("overlap", "jit", "compression"),
+    ("overlap", "jit", "parts", "compression"),
     [
         pytest.param(*case, code, id=f"{name}-{code}", marks=[pytest.mark.slow] * (code != enough))
         for name, *case, enough in (
-            ("eager_ops", False, False, None),
-            ("xla", False, True, "int4"),
-            ("overlap-xla", 0.5, True, "int8"),
-            ("whole_overlap-eager_ops", 1.0, False, "int4"),
+            ("eager_ops", False, False, False, None),
+            ("xla", False, True, False, "int4"),
+            ("overlap-xla", 0.5, True, False, "int8"),
+            ("whole_overlap-eager_ops", 1.0, False, False, "int4"),
+            ("large_and_small", False, False, True, "int8"),
+            ("overlap-large_and_small", 0.5, False, True, "int4"),
         )
         for code in ("int8", "int4")
     ],
 )
-def test_training_is_the_oracles_to_the_bit(pair, compression, overlap, jit):
+def test_training_is_the_oracles_to_the_bit(pair, compression, overlap, jit, parts):
     """The weights of each worker after every block of two steps."""
     slopes = slopes_of(2, SIZE)
-    found = pair.run(trajectory, compression, slopes, SHAPES, jit, overlap=overlap)
+    found = pair.run(trajectory, compression, slopes, SHAPES, jit, parts, overlap=overlap)
     want = reference.coded_m_avg(slopes, 2, 0.5, codes.BITS[compression], int(2 * overlap))
     for index, (mine,) in enumerate(found):
         for got, block in zip(mine, want, strict=True):

@@ -13,6 +13,7 @@ from test_oracles import close, data, start, train
 from test_workers import workers  # noqa: F401
 
 import tf_blockmomentum as tfbm
+from tf_blockmomentum.boundary import compiling
 
 slow = pytest.mark.slow
 
@@ -84,6 +85,17 @@ def test_every_replica_at_every_step(
         strategy_of(replicas), replicas, overlap, steps_per_execution, jit,
         {"sync_period": 4, **{names[name]: value for name, value in outer.items()}},
         schedule=reference.Constant(4), outer=reference.block_momentum(**outer),
+    )  # fmt: skip
+
+
+def test_a_large_model_compiles_its_large_variables_only(strategy_of, monkeypatch):
+    """The kernel is large here, and the bias is not."""
+    kernel, bias = start()
+    monkeypatch.setattr(compiling, "_LARGE", kernel.size)
+    monkeypatch.setattr(compiling, "_LARGE_ALONE", bias.size + 1)
+    compare(
+        strategy_of(2), 2, 0.5, 1, False, {"sync_period": 4, "block_momentum": 0.6},
+        schedule=reference.Constant(4), outer=reference.block_momentum(0.6),
     )  # fmt: skip
 
 

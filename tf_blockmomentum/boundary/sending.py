@@ -1,13 +1,14 @@
 """What a replica sends at a boundary, and its state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_blockmomentum._private.tensorflow import wire_dtype
-from tf_blockmomentum.algorithm import only, square_norm, square_sum
+from tf_blockmomentum.algorithm import square_norm, square_sum
 from tf_blockmomentum.boundary.codes import BITS, fitting
+from tf_blockmomentum.boundary.compiling import Compiling
 from tf_blockmomentum.boundary.feedback import Feedback, HalfFeedback, wide
 from tf_blockmomentum.boundary.header import TOLD, Header
 from tf_blockmomentum.boundary.measuring import Measuring
@@ -15,14 +16,8 @@ from tf_blockmomentum.boundary.nonfinite import first_bad
 from tf_blockmomentum.boundary.packing import members, pack
 from tf_blockmomentum.variables import MEAN, Rules
 
-# Weights from which compiling pays: it takes half a second, and with codes two, and saves, of a
-# million weights, a third of a block's milliseconds, and with codes more than half.
-_LARGE, _LARGE_CODED = 500_000, 250_000
-# And elements of one of their variables: each takes 10 to 20 ms for each function.
-_LARGE_ALONE = 1 << 16
 
-
-class Sending:
+class Sending(Compiling):
     """The part of a `Boundary` that leaves: how far the replica has moved, as it travels.
 
     Args:
@@ -41,10 +36,9 @@ class Sending:
         jit: bool,
         skip_nonfinite: bool,
     ) -> None:
-        self._optimizers = optimizers
+        super().__init__(optimizers, jit)
         self._strategy = strategy
         self._rules = rules
-        self._jit = jit
         self._skip_nonfinite = skip_nonfinite
         self._overlap = optimizers[0].overlap
         self.header = Header(strategy.num_replicas_in_sync)
@@ -55,6 +49,7 @@ class Sending:
         # What int8 and int4 have.
         self._feedback: Feedback | None = None
         if compression in BITS:
+            self._codes = True
             self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
         self.measuring = Measuring(optimizers, strategy)
         with strategy.scope():
@@ -75,9 +70,6 @@ class Sending:
             kept_back = self._feedback or self._float16
             if kept_back:
                 kept_back.ready(self.trained)
-        sizes = {id(v): v.shape.num_elements() for v in self.trained}
-        self._large = {key for key, count in sizes.items() if count >= _LARGE_ALONE}
-        self._small = set(sizes) - self._large
 
     @property
     def variables(self) -> list[Any]:
@@ -113,52 +105,10 @@ class Sending:
         return [*self.trained, *self.statistics]
 
     @property
-    def trained(self) -> list[Any]:
-        """The variables with block momentum."""
-        return [v for optimizer in self._optimizers for v in optimizer.trained_variables]
-
-    @property
     def statistics(self) -> list[Any]:
         """What is averaged at a boundary besides the weights."""
         slots = [v for optimizer in self._optimizers for v in optimizer.averaged_state]
         return [*self._rules.of(MEAN), *slots]
-
-    def _compiled(self, replica_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of the boundary that does not communicate. For large models XLA compiles
-        it, whatever `jit_compile` is: each output takes one pass over what it depends on."""
-        weights = sum(v.shape.num_elements() for v in self.trained)
-        jit = self._jit or weights >= (_LARGE_CODED if self._feedback else _LARGE)
-        return tf.function(replica_fn, jit_compile=jit, autograph=False)
-
-    def _unless_fused(self, replica_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """The same for the outer step, if something is gained by it."""
-        fused = all(optimizer.fused for optimizer in self._optimizers)
-        return replica_fn if fused and not self._jit else self._compiled(replica_fn)
-
-    def _in_parts(
-        self, replica_fn: Callable[..., Any], values: list[Any] | None = None, *args: Any
-    ) -> None:
-        """Calls a function that does the same to each of `trained`: compiled for the large ones,
-        while for the small ones, of which there may be hundreds, nothing is gained by it.
-
-        Args:
-            replica_fn: function of `values`, if given, and `args`.
-            values: one for each of `trained`; it is given those of its own.
-            args: for both.
-        """
-        compiled = self._compiled(replica_fn)
-        again = any(optimizer.inner_state == "reset" for optimizer in self._optimizers)
-        if self._jit or again or not self._large:
-            parts = [(self._small | self._large, compiled)]
-        else:
-            parts = [(self._large, compiled), (self._small, replica_fn)]
-        keys = [id(v) for v in self.trained]
-        for part, function in parts:
-            own = [x for key, x in zip(keys, values or keys, strict=True) if key in part]
-            if not own:
-                continue
-            with only(part):
-                function(*([] if values is None else [own]), *args)
 
     def leave(self, told: tf.Tensor, under_way: bool = False) -> list[tf.Tensor]:
         """Ends this replica's block. Returns what it sends, packed: its deltas and statistics,
@@ -357,11 +307,6 @@ class Sending:
         }
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         return self.header.write(replica, numbers)
-
-    def _by_optimizer(self, tensors: list[tf.Tensor]) -> list[tuple[Any, list[tf.Tensor]]]:
-        """Each optimizer with its part of a list with one for each trained variable."""
-        rest = iter(tensors)
-        return [(o, [next(rest) for _ in o.trained_variables]) for o in self._optimizers]
 
 
 def no_values(like: Any, some: tf.Tensor) -> tf.Tensor:
