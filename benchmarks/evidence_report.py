@@ -119,6 +119,8 @@ def cells_of(name, replicas, records, quick):
 
 def study(name, cells, folder):
     """A task's methods, each at the rate and beta that its search chose."""
+    if not cells:
+        return "No run is recorded."
     evidence_plots.study(name, cells, folder / f"evidence_{name}.png")
     parts = []
     for replicas in dict.fromkeys(cell.replicas for cell in cells):

@@ -175,11 +175,14 @@ class Way:
 
         timed = Timed()
         data = self.strategy.distribute_datasets_from_function(dataset)
-        self.model.fit(
-            data, epochs=most, steps_per_epoch=EPOCH, verbose=0,
-            callbacks=[*([tfbm.BlockTraining()] if self.blocks else []), timed],
-            validation_data=held_out, validation_batch_size=500 * self.workers,
-        )  # fmt: skip
+        blocks = [tfbm.BlockTraining()] if self.blocks else []
+        try:
+            self.model.fit(
+                data, epochs=most, steps_per_epoch=EPOCH, verbose=0, callbacks=[*blocks, timed],
+                validation_data=held_out, validation_batch_size=500 * self.workers,
+            )  # fmt: skip
+        except FloatingPointError:  # diverged, on all workers alike
+            timed.losses.append(math.inf)
         reached = timed.losses[-1] <= TARGET
         epochs = len(timed.losses)
         return {

@@ -161,7 +161,7 @@ def test_evidence_in_small(tmp_path):
     text = (folder / "evidence.md").read_text()
     for method in ("SlowMo", "synchronous AdamW", "DiLoCo", "int4"):
         assert f"\n| {method} | " in text
-    for picture in ("images", "language", "larger", "momentum", "target"):
+    for picture in ("images", "language", "momentum", "target"):
         assert (folder / f"evidence_{picture}.png").read_bytes().startswith(b"\x89PNG")
     with (records / "images.csv").open(newline="") as file:
         runs = [run for run in csv.DictReader(file) if run["test_loss"]]
