@@ -7,6 +7,7 @@ Not a part of the package: replicas never go back to what they share, so there i
 import tensorflow as tf
 
 import tf_blockmomentum as tfbm
+from tf_blockmomentum.boundary.exchange import means
 
 
 class ElasticAveraging(tfbm.BlockMomentum):
@@ -34,6 +35,7 @@ class ElasticAveraging(tfbm.BlockMomentum):
         """Both sides of the elastic move."""
         alpha = self.elasticity / tf.distribute.get_strategy().num_replicas_in_sync
         pairs = zip(self.trained_variables, self.anchors, strict=True)
-        for (w, centre), delta, x in zip(pairs, self.deltas(), sums, strict=True):
+        deltas, d = self.deltas(), means(sums, active)
+        for (w, centre), delta, mean in zip(pairs, deltas, d, strict=True):
             w.assign_sub(alpha * delta)
-            centre.assign_add(self.elasticity * x / tf.cast(active, x.dtype))
+            centre.assign_add(self.elasticity * mean)

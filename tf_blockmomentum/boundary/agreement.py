@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import keras as _keras
-from tf_blockmomentum.boundary.exchange import share_of, sum_over_replicas
+from tf_blockmomentum.boundary.exchange import share_of, sum_over_replicas, zero_unless
 from tf_blockmomentum.variables import FIRST, MAXIMUM, MINIMUM, ROUNDED, SUM, Rules
 
 
@@ -52,7 +52,7 @@ class Agreement:
         mean, total, first = self._averages, rules.of(SUM), rules.of(FIRST)
         extrema = [(v, tf.reduce_max) for v in rules.of(MAXIMUM)]
         extrema += [(v, tf.reduce_min) for v in rules.of(MINIMUM)]
-        only_first = [tf.where(tf.equal(replica, 0), v, tf.zeros([], v.dtype)) for v in first]
+        only_first = [zero_unless(tf.equal(replica, 0), v) for v in first]
         plain = [tf.convert_to_tensor(v) for v in [*mean, *total]]
         rounded = rules.of(ROUNDED)
         wide = [tf.cast(v, tf.float64) for v in rounded]

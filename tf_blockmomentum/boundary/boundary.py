@@ -102,21 +102,22 @@ class Boundary(Sending):
 
     def _deltas(self, sums: list[tf.Tensor]) -> list[tf.Tensor]:
         """The sums of the deltas, from what has arrived and was decoded, without the header."""
+        sums = sums[: len(sums) - self._statistic_packs]
         if not self._feedback:
-            sums = unpack(sums[: self._count_of_deltas], self._packed_weights)
-        return [tf.cast(x, v.dtype) for x, v in zip(sums, self.trained, strict=False)]
+            sums = unpack(sums, self._packed_weights)
+        return [tf.cast(x, v.dtype) for x, v in zip(sums, self.trained, strict=True)]
 
     def _statistics(self, sums: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
-        """The means of the statistics, still packed; the summed header says of how many replicas
-        they are."""
+        """The means of the statistics, still packed, from what has arrived, decoded or not; the
+        summed header says of how many replicas they are."""
         numbers = self.header.read(header)
         replicas = numbers["finite" if self._overlap else "active"]
-        return means(self._decoded(sums)[self._count_of_deltas :], replicas)
+        return means(sums[len(sums) - self._statistic_packs :], replicas)
 
     @property
-    def _count_of_deltas(self) -> int:
-        """How many of the tensors that have arrived and were decoded are of deltas."""
-        return len(self.trained if self._feedback else members(self._packed_weights))
+    def _statistic_packs(self) -> int:
+        """How many of the tensors that arrive are of statistics: the last ones."""
+        return len(members(self._packed_statistics))
 
     def _means(self, sums: list[tf.Tensor], header: tf.Tensor) -> list[tf.Tensor]:
         """The means of the deltas."""

@@ -173,15 +173,18 @@ class Layout:
         """The reverse of `join`: float32 tensors. Without XLA they are parts of the groups, no
         copies."""
         tensors: list[Any] = [None] * len(self._shapes)
-        for group, count, blocks in zip(self._groups, self._blocks, groups, strict=True):
-            sizes = [self._counts[i] for i in group]
-            padding = count * BLOCK - sum(sizes)
-            sizes += [padding] if padding else []
-            flat = tf.reshape(blocks, [-1])
-            parts = tf.split(flat, sizes) if len(sizes) > 1 else [flat]
-            for i, part in zip(group, parts, strict=False):
-                tensors[i] = tf.reshape(part, self._shapes[i])
+        for group, blocks in zip(self._groups, groups, strict=True):
+            for i, tensor in zip(group, self.cut(group, blocks), strict=True):
+                tensors[i] = tensor
         return tensors
+
+    def cut(self, group: Sequence[int], blocks: tf.Tensor) -> list[tf.Tensor]:
+        """The reverse of `group`: the tensors of these numbers, whose blocks they are."""
+        sizes = [self._counts[i] for i in group]
+        padding = -sum(sizes) % BLOCK
+        flat, pieces = tf.reshape(blocks, [-1]), [*sizes, padding] if padding else sizes
+        parts = tf.split(flat, pieces) if len(pieces) > 1 else [flat]
+        return [tf.reshape(x, self._shapes[i]) for i, x in zip(group, parts, strict=False)]
 
     @property
     def members(self) -> list[tuple[list[int], np.ndarray]]:

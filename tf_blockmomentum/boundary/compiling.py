@@ -20,12 +20,13 @@ class Compiling:
     Args:
         optimizers: the BlockMomentum optimizers, whose blocks end together.
         jit: whether XLA compiles what does not communicate, however small.
+        codes: whether codes of few bits are sent.
     """
 
-    def __init__(self, optimizers: list[Any], jit: bool) -> None:
+    def __init__(self, optimizers: list[Any], jit: bool, codes: bool) -> None:
         self._optimizers = optimizers
         self._jit = jit
-        self._codes = False  # whether codes of few bits are sent
+        self._codes = codes
 
     @property
     def trained(self) -> list[Any]:

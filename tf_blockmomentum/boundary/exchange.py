@@ -125,12 +125,18 @@ def take_from_first(strategy: tf.distribute.Strategy, variables: Sequence[Any]) 
 
     def replica() -> None:
         first = tf.equal(tf.distribute.get_replica_context().replica_id_in_sync_group, 0)
-        values = [tf.where(first, v, tf.zeros([], v.dtype)) for v in variables]
+        values = [zero_unless(first, v) for v in variables]
         for v, value in zip(variables, sum_over_replicas(values), strict=True):
             v.assign(value)
 
     if strategy.num_replicas_in_sync > 1:
         tf.function(lambda: strategy.run(replica), autograph=False)()
+
+
+def zero_unless(condition: tf.Tensor, x: Any) -> tf.Tensor:
+    """A tensor or variable where a condition holds, and 0 elsewhere. Of `tf.zeros_like(x)`
+    TensorFlow's graph optimizer would make a constant as large, and keep it."""
+    return tf.where(condition, x, tf.zeros([], x.dtype))
 
 
 def share_of(replicas: Any, dtype: Any = tf.float32) -> tf.Tensor:

@@ -136,21 +136,21 @@ class Feedback:
         """What has been sent is kept back no longer; what it lacks is."""
         large, small = self.layout.large, self.layout.small
 
+        def keep(numbers: list[int], blocks: tf.Tensor) -> None:
+            for i, rest in zip(numbers, self.layout.cut(numbers, blocks), strict=True):
+                self.residuals[i].assign(tf.cast(rest, self.residuals[i].dtype))
+
         def settle(groups: list[tf.Tensor], scales: tf.Tensor) -> list[tf.Tensor]:
             own = self.layout.of_groups(scales)
             inverses = self.layout.of_groups(codes.reciprocals(scales))
             triples = zip(groups, own, inverses, strict=True)
             rests = [codes.rest(*triple) for triple in triples]
-            whole = self.layout.split(rests)
-            for i in large:  # in place; the small ones are parts of one tensor, which they share
-                self.residuals[i].assign(tf.cast(whole[i], self.residuals[i].dtype))
+            for i, rest in zip(large, rests, strict=False):  # in place
+                keep([i], rest)
             return rests[len(large) :]
 
-        rests = self._compiled(settle)(groups, scales)
-        if small:
-            whole = self.layout.split([*groups[: len(large)], *rests])
-            for i in small:
-                self.residuals[i].assign(tf.cast(whole[i], self.residuals[i].dtype))
+        for rest in self._compiled(settle)(groups, scales):  # of the small ones, which share it
+            keep(small, rest)
 
     def values(self, message: tf.Tensor) -> list[tf.Tensor]:
         """The tensors that a message holds, float32."""

@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum.boundary.boundary import Boundary
-from tf_blockmomentum.boundary.exchange import means, share_of
+from tf_blockmomentum.boundary.exchange import means, share_of, zero_unless
 from tf_blockmomentum.boundary.header import TOLD
 from tf_blockmomentum.boundary.packing import pack, unpack
 
@@ -135,7 +135,7 @@ class OverlappedBoundary(Boundary):
             # Of one that was not finite nothing is kept; one that has become so since is found
             # at the next boundary.
             kept = tf.logical_and(begun, tf.math.is_finite(y))
-            landed.append(tf.where(some, mean + tf.where(kept, x - y, tf.zeros([], x.dtype)), x))
+            landed.append(tf.where(some, mean + zero_unless(kept, x - y), x))
         values = unpack(landed, self._packed_statistics)
         for v, value in zip(self.statistics, values, strict=True):
             v.assign(value)
@@ -153,7 +153,7 @@ class OverlappedBoundary(Boundary):
         statistics = []
         for v in self.statistics:
             sent = tf.convert_to_tensor(self._sent_statistics[id(v)])
-            statistics.append(tf.where(finite, sent, tf.zeros([], sent.dtype)))
+            statistics.append(zero_unless(finite, sent))
         if self._float16:
             weights = [tf.cast(x, tf.float16) for x in weights]
         told = tf.cast([stopping if name == "stopping" else 0 for name in TOLD], tf.float32)

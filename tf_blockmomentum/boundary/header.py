@@ -94,7 +94,7 @@ def crc(values: Iterable[Any]) -> int:
         if not isinstance(value, np.ndarray | np.generic):
             value = tf.convert_to_tensor(value)
         flat = np.ascontiguousarray(value).reshape(-1)
-        if flat.dtype.hasobject:  # a string tensor's
-            flat = np.frombuffer(b"\0".join(flat), np.uint8)
-        found = zlib.crc32(flat.view(np.uint8).data, found)
+        # A string tensor is an array of objects.
+        bits = b"\0".join(flat) if flat.dtype.hasobject else flat.view(np.uint8).data
+        found = zlib.crc32(bits, found)
     return found

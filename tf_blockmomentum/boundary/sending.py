@@ -6,9 +6,10 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private.tensorflow import wire_dtype
-from tf_blockmomentum.algorithm import square_norm, square_sum
+from tf_blockmomentum.algorithm import only, square_norm, square_sum
 from tf_blockmomentum.boundary.codes import BITS, fitting
 from tf_blockmomentum.boundary.compiling import Compiling
+from tf_blockmomentum.boundary.exchange import zero_unless
 from tf_blockmomentum.boundary.feedback import Feedback, HalfFeedback, wide
 from tf_blockmomentum.boundary.header import TOLD, Header
 from tf_blockmomentum.boundary.measuring import Measuring
@@ -36,20 +37,19 @@ class Sending(Compiling):
         jit: bool,
         skip_nonfinite: bool,
     ) -> None:
-        super().__init__(optimizers, jit)
+        compression = getattr(strategy, "compression", None)
+        super().__init__(optimizers, jit, compression in BITS)
         self._strategy = strategy
         self._rules = rules
         self._skip_nonfinite = skip_nonfinite
         self._overlap = optimizers[0].overlap
         self.header = Header(strategy.num_replicas_in_sync)
-        compression = getattr(strategy, "compression", None)
         self._float16 = (
             HalfFeedback(strategy.num_replicas_in_sync) if compression == "float16" else None
         )
         # What int8 and int4 have.
         self._feedback: Feedback | None = None
         if compression in BITS:
-            self._codes = True
             self._feedback = Feedback(compression, strategy, self._compiled, self._overlap)
         self.measuring = Measuring(optimizers, strategy)
         with strategy.scope():
@@ -100,8 +100,7 @@ class Sending(Compiling):
 
     @property
     def travelling(self) -> list[Any]:
-        """The variables that a boundary averages, in the order in which
-        they do."""
+        """The variables that a boundary averages, in the order in which they travel."""
         return [*self.trained, *self.statistics]
 
     @property
@@ -181,10 +180,11 @@ class Sending(Compiling):
         them, no copies. With codes there are none."""
         if self._feedback:
             return []
-        weights = list(map(tf.convert_to_tensor, self.trained))
-        if self._overlap or self._float16 or any(wire_dtype(w.dtype) != w.dtype for w in weights):
+        as_they_are = all(wire_dtype(v.dtype) == tf.as_dtype(v.dtype) for v in self.trained)
+        if self._overlap or self._float16 or not as_they_are:
             return pack(self._coded()[0])
         # First packed, then subtracted: each delta has a buffer of its own, which takes the sum.
+        weights = list(map(tf.convert_to_tensor, self.trained))
         anchors = [tf.convert_to_tensor(x) for o in self._optimizers for x in o.anchors]
         return [w - x for w, x in zip(pack(weights), pack(anchors), strict=True)]
 
@@ -203,32 +203,34 @@ class Sending(Compiling):
     def _wanted(self, which: Sequence[int] | None = None) -> list[tf.Tensor]:
         """Without `overlap`: this replica's deltas and what has been kept back of them; of some
         variables, by their numbers, or of all."""
-        anchors = [x for optimizer in self._optimizers for x in optimizer.anchors]
-        pairs = list(zip(self.trained, anchors, strict=True))
-        numbers = range(len(pairs)) if which is None else which
-        deltas = [tf.subtract(*map(tf.convert_to_tensor, pairs[i])) for i in numbers]
+        trained, residuals = self.trained, self._residuals
+        numbers = range(len(trained)) if which is None else which
+        with only({id(trained[i]) for i in numbers}):
+            return self._plus_kept_back([residuals[i] for i in numbers])
+
+    @property
+    def _residuals(self) -> list[Any]:
+        """What is kept back of each of `trained`; None of those of which nothing is."""
         kept_back = self._feedback or self._float16
-        if not kept_back:
-            return deltas
-        residuals = [kept_back.residuals[i] for i in numbers]
-        return [tf.cast(x, r.dtype) + r for x, r in zip(deltas, residuals, strict=True)]
+        return list(kept_back.residuals) if kept_back else [None] * len(self.trained)
+
+    def _plus_kept_back(
+        self, residuals: list[Any], under_way: bool | None = None
+    ) -> list[tf.Tensor]:
+        """This replica's deltas, and what has been kept back of them."""
+        deltas = [x for optimizer in self._optimizers for x in optimizer.deltas(under_way)]
+        pairs = zip(deltas, residuals, strict=True)
+        return [x if r is None else tf.cast(x, r.dtype) + r for x, r in pairs]
 
     def _keep(self, steps: tf.Tensor, under_way: bool) -> None:
         """With `overlap`: the deltas are in variables from now on; 0 if it took no step."""
 
         def keep(residuals: list[Any], some: tf.Tensor) -> None:
-            deltas = [x for optimizer in self._optimizers for x in optimizer.deltas(under_way)]
-            for i, residual in enumerate(residuals):
-                x = deltas[i]
-                if residual is not None:
-                    x = tf.cast(x, residual.dtype) + residual
-                deltas[i] = tf.where(some, x, tf.zeros([], x.dtype))
+            deltas = [zero_unless(some, x) for x in self._plus_kept_back(residuals, under_way)]
             for optimizer, own in self._by_optimizer(deltas):
                 optimizer.keep_deltas(own)
 
-        kept_back = self._feedback or self._float16
-        residuals = kept_back.residuals if kept_back else [None] * len(self.trained)
-        residuals = [r if r is None else tf.convert_to_tensor(r) for r in residuals]
+        residuals = [r if r is None else tf.convert_to_tensor(r) for r in self._residuals]
         self._in_parts(keep, residuals, steps > 0)
 
     def _kept(self) -> list[tf.Tensor]:
@@ -283,7 +285,7 @@ class Sending(Compiling):
             for x, value in zip(optimizer.sent, values, strict=True):
                 value = tf.cast(value, x.dtype)
                 if not codes:  # which are zeros then
-                    value = tf.where(taking_part, value, tf.zeros([], x.dtype))
+                    value = zero_unless(taking_part, value)
                 x.assign(value)
 
     def _sent_again(self) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
