@@ -142,7 +142,7 @@ def run_tuned(study, replicas, path, quick):
 
 
 def quick_cells(study):
-    """Some of those of four replicas."""
+    """Some of those of four replicas; none of the larger model, in small the language's."""
     methods = {"images": ("SlowMo",), "language": ("synchronous AdamW", "DiLoCo")}.get(study, ())
     cells = {cell[0]: cell for cell in reversed(TASK[study][4])}
     return [(name, k, (max(momenta),), rate) for name, k, momenta, rate in map(cells.get, methods)]
@@ -207,8 +207,6 @@ def parts(study, quick):
         return [(run_target, p) for p in ((2,) if quick else evidence_target.WORKERS)]
     if study == "options":
         return [(run_options, QUICK_REPLICAS if quick else 4)]
-    if quick and study == "larger":  # in small the same as the language's
-        return []
     return [(run_tuned, p) for p in ((QUICK_REPLICAS,) if quick else TASK[study])]
 
 

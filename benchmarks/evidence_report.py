@@ -14,7 +14,11 @@ from scipy import stats
 
 from tf_blockmomentum.published import published_rules
 
-SYNCHRONOUS = {"images": "synchronous momentum SGD"}  # and AdamW for texts
+SYNCHRONOUS = {
+    "images": "synchronous momentum SGD",
+    "language": "synchronous AdamW",
+    "larger": "synchronous AdamW",
+}
 
 
 class Cell:
@@ -146,7 +150,7 @@ def rivals(name, cells):
             mean_cell(cell.numbers("test_loss")),
         ]  # fmt: skip
         plain = [c for c in cells if c.method == "K-AVG" and c.k == cell.k]
-        at_once = [c for c in cells if c.method == SYNCHRONOUS.get(name, "synchronous AdamW")]
+        at_once = [c for c in cells if c.method == SYNCHRONOUS[name]]
         for others in (plain, at_once):
             row.append(cell.minus(others[0]) if others and others[0] is not cell else "")
         if name == "images":
