@@ -1,6 +1,9 @@
 """What several test modules share."""
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -73,3 +76,15 @@ class Counter(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.blocks_at_epoch_end.append(self.model.optimizer.blocks)
+
+
+def run_python(*arguments, limit, environment=None, **others):
+    """What a Python program prints; if it fails, the test does, with all that the program said."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={"PYTHONFAULTHANDLER": "1", **(os.environ if environment is None else environment)},
+        capture_output=True, text=True, timeout=limit, check=False, **others,
+    )  # fmt: skip
+    said = f"{done.stdout[-4000:]}\n{done.stderr[-8000:]}"
+    assert done.returncode == 0, f"ended with {done.returncode}: {said}"
+    return done.stdout

@@ -3,8 +3,6 @@
 import csv
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import tensorflow as tf
-from helpers import replica_values
+from helpers import replica_values, run_python
 from test_oracles import close, data, start
 
 import tf_blockmomentum as tfbm
@@ -152,8 +150,8 @@ def test_evidence(tmp_path, strategy_of, monkeypatch):
 @pytest.mark.timeout(450)
 def test_evidence_in_small(tmp_path):
     """Every study is run, goes on where it was stopped, and is reported from its records."""
-    command = [sys.executable, BENCHMARKS / "evidence.py", "--quick"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=400, capture_output=True)
+    command = [BENCHMARKS / "evidence.py", "--quick"]
+    run_python(*command, cwd=tmp_path, limit=400)
     folder = tmp_path / "runs" / "evidence-quick"
     records = folder / "evidence_runs"
     studies = {path.stem: path.read_text() for path in records.iterdir()}
@@ -172,8 +170,7 @@ def test_evidence_in_small(tmp_path):
     # Cut off in the middle of a study, it runs what is missing and nothing else.
     lines = studies["momentum"].splitlines(keepends=True)
     (records / "momentum.csv").write_text("".join(lines[: len(lines) // 2]))
-    command += ["--study", "momentum"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True)
+    run_python(*command, "--study", "momentum", cwd=tmp_path, limit=120)
     again = (records / "momentum.csv").read_text().splitlines(keepends=True)
     assert again[: len(lines) // 2] == lines[: len(lines) // 2]
     assert len(again) == len(lines)
@@ -233,11 +230,10 @@ def test_speed(tmp_path, monkeypatch):
     import speed
 
     forms = ["blocks", "blocks, overlap=0.5, int8"]
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / "speed.py", "--links", "loopback", "--periods", "2",
-         "--rounds", "1", "--models", "mlp", "--workers", "2", "--only", "memory", "blocks",
-         "--forms", *forms],
-        cwd=tmp_path, check=True, timeout=280, capture_output=True, text=True,
+    text = run_python(
+        BENCHMARKS / "speed.py", "--links", "loopback", "--periods", 2, "--rounds", 1,
+        "--models", "mlp", "--workers", 2, "--only", "memory", "blocks", "--forms", *forms,
+        cwd=tmp_path, limit=280,
     )  # fmt: skip
     with (tmp_path / "runs" / "bench" / "speed.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -252,8 +248,8 @@ def test_speed(tmp_path, monkeypatch):
             )
     copies = {m: (b[0] - a[0]) / (b[1] - a[1]) for m, (a, b) in peaks.items()}
     assert copies["blocks"] - copies[speed.PLAIN] > 1.5  # anchor, velocity
-    assert "| blocks, overlap=0.5, int8 | 2 | " in done.stdout
-    assert "## The cost model" in done.stdout
+    assert "| blocks, overlap=0.5, int8 | 2 | " in text
+    assert "## The cost model" in text
     assert (tmp_path / "runs" / "bench" / "speed_mlp_2.png").exists()
 
 
@@ -261,12 +257,11 @@ def test_speed(tmp_path, monkeypatch):
 @pytest.mark.timeout(300)
 def test_shares(tmp_path):
     """Two workers with one setting of threads: its runs are kept, and told over those of none."""
-    command = [sys.executable, BENCHMARKS / "shares.py", "--workers", "2", "--rounds", "1"]
+    command = [BENCHMARKS / "shares.py", "--workers", "2", "--rounds", "1"]
     command += ["--settings", "none", "intra, inter=2", "--programs", "overlap"]
     command += ["--add", tmp_path / "runs"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
-    assert done.returncode == 0, done.stderr
+    text = run_python(*command, limit=280)
     assert len((tmp_path / "runs").read_text().splitlines()) == 2
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("overlap")]
+    rows = [line.split() for line in text.splitlines() if line.startswith("overlap")]
     assert [row[1:3] for row in rows] == [["1.00", "(1.00-1.00)"]] * 2
     assert all(0.1 < float(row[5]) < 10 for row in rows)

@@ -1,26 +1,18 @@
 """The examples, run as a user runs them: real workers, a real TFDS data set, no network."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import run_python
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(tmp_path, *command, limit=270):
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=tmp_path, env=environment,
-        capture_output=True, text=True, timeout=limit, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout
+    return run_python(*command, cwd=tmp_path, limit=limit)
 
 
 @pytest.mark.timeout(300)

@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
+from helpers import run_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +36,7 @@ def test_compiled_steps_and_boundaries_do_not_call_the_host(tmp_path):
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
     }
-    subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=100)
+    run_python("-c", PROGRAM, environment=environment, limit=100)
     found = {}
     for path in tmp_path.glob("*.before_optimizations.txt"):
         name = re.search(r"inference_+(.+?)_+\d+_", path.name)[1]
@@ -73,11 +72,10 @@ def test_iterators_that_are_dropped_in_mid_air(strategy_of):
 @pytest.mark.timeout(150)
 def test_the_check_runs_without_a_gpu(tmp_path):
     """`make gpu-check` says that there is none, and checks the same on the CPU."""
-    command = [sys.executable, "benchmarks/gpu_check.py", "--quick", "--to", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--only", "right"], cwd=ROOT, capture_output=True, text=True, timeout=140
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python(
+        "benchmarks/gpu_check.py", "--quick", "--to", tmp_path, "--only", "right",
+        cwd=ROOT, limit=140,
+    )  # fmt: skip
     results = json.loads((tmp_path / "gpu_check.json").read_text())
     assert "none" in results["machine"]["rows"][0]["GPUs"]
     rows = results["right"]["rows"]

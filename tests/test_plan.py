@@ -1,10 +1,9 @@
 """tfbm-plan: what it predicts, and what it says of bad input."""
 
 import re
-import subprocess
-import sys
 
 import pytest
+from helpers import run_python
 
 from tf_blockmomentum.cost import CostModel
 from tf_blockmomentum.report.planning import FORMS, PERIODS, main, shares, smallest_period
@@ -61,10 +60,7 @@ def test_it_starts_without_tensorflow():
         "import sys; sys.argv[0] = 'tfbm-plan'; import tf_blockmomentum.plan, "
         "tf_blockmomentum.report.drawing; print({'tensorflow', 'keras'} & set(sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.strip() == "set()"
+    assert run_python("-c", code, limit=60).strip() == "set()"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import ctypes
 import os
 import re
-import subprocess
 import sys
 
 import pytest
+from helpers import run_python
 
 from tf_blockmomentum import process
 
@@ -33,11 +33,8 @@ def test_memory_that_is_freed_is_kept(given):
     """Under a strategy the same buffer costs pages once; with the user's own setting, each time
     as without us."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(
-        command, env=environment | given, capture_output=True, text=True, timeout=60, check=True
-    )
-    faults = int(re.search(r"faults (\d+)", done.stdout)[1])
+    text = run_python("-c", PROGRAM, environment=environment | given, limit=60)
+    faults = int(re.search(r"faults (\d+)", text)[1])
     assert faults > 10_000 if given else faults < 2_000
 
 
@@ -72,11 +69,8 @@ print("threads", tf.config.threading.get_inter_op_parallelism_threads())
 )
 def test_messages_do_not_wait_for_a_step_on_the_only_core(given, threads):
     environment = {k: v for k, v in os.environ.items() if k != process.INTEROP} | given
-    command = [sys.executable, "-c", THREADS]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert f"threads {threads}\n" in done.stdout
+    text = run_python("-c", THREADS, environment=environment, limit=60)
+    assert f"threads {threads}\n" in text
 
 
 COPIES = """
@@ -113,8 +107,5 @@ def test_nothing_of_the_size_of_the_model_is_left_besides_its_variables():
     optimizer makes constants of zeros, as large as what they stand for, and keeps them."""
     # oneDNN's allocator keeps what is freed.
     environment = {**os.environ, "TF_ENABLE_ONEDNN_OPTS": "0"}
-    command = [sys.executable, "-c", COPIES]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=100, check=True
-    )
-    assert float(re.search(r"copies (.+)", done.stdout)[1]) < 2.8
+    text = run_python("-c", COPIES, environment=environment, limit=100)
+    assert float(re.search(r"copies (.+)", text)[1]) < 2.8
