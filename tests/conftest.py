@@ -31,12 +31,14 @@ def pytest_collection_finish():
 
 @pytest.fixture
 def strategy_of():
-    """Returns the strategy of P replicas in this process; None for P = 1."""
+    """Returns the strategy of P replicas in this process; None for P = 1; one for a device."""
     import tf_blockmomentum as tfbm
 
     def make(replicas):
         if replicas == 1:
             return None
+        if isinstance(replicas, str):
+            return tfbm.MultiDeviceBlockStrategy([replicas])
         if replicas not in _strategies:
             # TensorFlow's own tests do this: groups of different sizes in one process
             # would otherwise share a collective key.

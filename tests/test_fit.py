@@ -404,7 +404,7 @@ def test_one_device_reads_a_plain_iterator(monkeypatch, strategy_of, steps_per_e
     assert plain_iterator(iter(strategy_of(2).experimental_distribute_dataset(data))) is None
     weights = []
     for found in (plain_iterator, lambda iterator: None):
-        monkeypatch.setattr("tf_blockmomentum.steps.plain_iterator", found)
+        monkeypatch.setattr("tf_blockmomentum.feed.plain_iterator", found)
         strategy = tfbm.MultiDeviceBlockStrategy(["CPU:0"])
         assert plain_iterator(iter(strategy.experimental_distribute_dataset(data))) is not None
         model = compiled(strategy, steps_per_execution=steps_per_execution)

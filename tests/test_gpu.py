@@ -9,6 +9,9 @@ import pytest
 import tensorflow as tf
 from helpers import run_python
 
+from tf_blockmomentum.feed import is_there
+from tf_blockmomentum.steps import LocalSteps
+
 ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
@@ -55,17 +58,19 @@ def test_compiled_steps_and_boundaries_do_not_call_the_host(tmp_path):
 
 @pytest.mark.slow  # a minute
 @pytest.mark.timeout(300)
-def test_iterators_that_are_dropped_in_mid_air(strategy_of):
+@pytest.mark.parametrize("devices", [2, "CPU:1"])
+def test_iterators_that_are_dropped_in_mid_air(strategy_of, devices):
     """500 of them, each with a batch on its way: TensorFlow's own buffer on the device crashed
     one process in some dozens, when an iterator was deleted that read ahead."""
-    strategy = strategy_of(2)
+    strategy = strategy_of(devices)
     data = tf.data.Dataset.range(32).map(lambda x: tf.fill([64], x)).batch(4)
-    loop = tf.function(lambda iterator: iterator.get_next_as_optional().has_value())
+    steps = LocalSteps(tf.reduce_sum, strategy, False)
     for _ in range(500):
         iterator = iter(strategy.experimental_distribute_dataset(data))
-        with strategy.local_input():
-            assert loop(iterator)
-        del iterator
+        taken, _, following = steps(iterator, 2, peek=True)
+        assert taken == 2
+        assert is_there(following)
+        del iterator, following
 
 
 @pytest.mark.slow

@@ -205,7 +205,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("replicas", [2])
+@pytest.mark.parametrize("replicas", [2, "CPU:1"])
 def test_a_backup_within_the_last_batches(strategy_of, tmp_path, replicas):
     """Holds those trained on already, for the estimate of the fit that goes on."""
     strategy = strategy_of(replicas)

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_blockmomentum.steps import next_batch
+from tf_blockmomentum.feed import next_batch
 
 
 class Data:
@@ -22,16 +22,16 @@ class Data:
         # forever for one that is left over when the process ends.
         self._iterator: Callable[[], Any] = lambda: None
         self._taken = 0
-        self._lookahead: tuple[Any, Any] | None = None  # (iterator, Optional of its next batch)
+        self._lookahead: tuple[Any, Any] | None = None  # (iterator, its next batch)
         self._finished: Callable[[], Any] = lambda: None  # whose end all replicas have reached
 
     def take_seen(self, iterator: Any) -> Any:
-        """The Optional of the iterator's next batch, if it has been taken from it already."""
+        """The iterator's next batch, if it has been taken from it already."""
         seen, self._lookahead = self._lookahead, None
         return seen[1] if seen and seen[0] is iterator else None
 
     def note_seen(self, iterator: Any, batch: Any) -> None:
-        """The next batch has been taken from the iterator, as an Optional."""
+        """The next batch has been taken from the iterator."""
         self._lookahead = (iterator, batch)
 
     def note_end(self, iterator: Any, over: bool) -> None:

@@ -11,6 +11,7 @@ from tf_blockmomentum._private import keras as _keras
 from tf_blockmomentum.boundary.ending import Ending
 from tf_blockmomentum.checks import check_number, check_on_nonfinite
 from tf_blockmomentum.data import Data
+from tf_blockmomentum.feed import is_there
 from tf_blockmomentum.optimizer import BlockMomentum, find
 from tf_blockmomentum.start import start_alike
 from tf_blockmomentum.statistics.batches import LastBatches, batches_of
@@ -214,7 +215,7 @@ class BlockLoop:
     def keep(self, batches: int) -> None:
         """Keeps the last batches of an epoch from now on; before the first step."""
         self.kept = LastBatches(batches)
-        self._local_steps.keep = self.kept.add
+        self._local_steps.feed.kept = self.kept
 
     @contextlib.contextmanager
     def _local_step(self) -> Iterator[None]:
@@ -238,6 +239,7 @@ class BlockLoop:
         check_number("steps", steps, numbers.Integral, "a whole number of at least 1", 1)
         if self.data.has_finished(iterator):
             raise StopIteration
+        peek = peek or self._local_steps.feed.copies(iterator)  # one batch is asked for ahead
         self.prepare(lambda: self._local_steps.trace(iterator, peek))
         self.begin()
         logs, remaining = None, steps
@@ -253,10 +255,10 @@ class BlockLoop:
             if taken:
                 logs = new_logs
             ended = taken < wanted or (last and remaining == 0)
-            if peek and not ended:
-                ended = not bool(following.has_value())
-                if not ended:
-                    self.data.note_seen(iterator, following)
+            if peek and is_there(following):
+                self.data.note_seen(iterator, following)
+            elif peek:
+                ended = True
             self._come_to_a_stop(ended)
             if ended:
                 self.data.note_end(iterator, over=taken < wanted or not last)

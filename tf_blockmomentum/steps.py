@@ -1,4 +1,4 @@
-"""The compiled local steps, and the next batch."""
+"""The compiled local steps."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_blockmomentum._private import models as _models
-from tf_blockmomentum._private.tensorflow import plain_iterator
+from tf_blockmomentum.feed import Feed, Next, batch_of, if_any, next_batch, on_host, shapes_of
 from tf_blockmomentum.inputs import none_for_marks
 from tf_blockmomentum.local import NotBuilt
 from tf_blockmomentum.optimizer import find
@@ -39,7 +39,7 @@ class LocalSteps:
         self._step_fn = functools.partial(_as_one_replica, strategy, step_fn)
         self._jit = jit_compile
         self._after_step = after_step
-        self.keep: Callable[[Any], Any] | None = None  # called with the Optional of each batch
+        self.feed = Feed(strategy)
         self.specs: Any = None  # of what a step returns, once one has been traced
         self._loops = False  # whether an execution has been of several steps
         self._make()
@@ -57,11 +57,11 @@ class LocalSteps:
     def __call__(
         self, iterator: Any, count: int, first: Any = None, peek: bool = False
     ) -> tuple[int, Any, Any]:
-        """Takes up to `count` batches, the first one from the Optional `first` if given.
+        """Takes up to `count` batches, first of all the `Next` of an execution before, if given.
 
         Returns:
             The number of batches this worker had, an int; the last outputs of `step_fn`, averaged
-            over this worker's replicas; and with `peek` the next batch, an Optional.
+            over this worker's replicas; and with `peek` the next batch, a `Next`.
         """
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             # train_on_batch: the batch is this worker's, and each of its replicas takes it.
@@ -72,6 +72,7 @@ class LocalSteps:
         # A loop costs time at each step. Where there was one there will be more, and of a block
         # whose last execution is one step, that step needs no functions of its own.
         self._loops = self._loops or count > 1
+        self.feed.begin(iterator, first, peek)
         if self._loops:
             with on_host():
                 counted = tf.constant(count)
@@ -165,14 +166,14 @@ class LocalSteps:
             specs = self._step.get_concrete_function(data).structured_outputs
             return tf.nest.map_structure(_zeros, specs)
 
-        some = _has_examples(data)
-        if some is True:
+        examples = _examples(data)
+        if examples is None:
             outputs = take()
             with on_host():
                 return outputs, tf.constant(True)
         if tf.executing_eagerly():
-            return (take() if some else skip()), some
-        return tf.cond(some, take, skip), some
+            return (take() if examples > 0 else skip()), examples > 0
+        return if_any(tf.minimum(examples, 1), take, skip), examples > 0
 
     def _take_one_step(self, data: Any) -> tuple[Any, tf.Tensor]:
         strategy = self._strategy
@@ -194,18 +195,15 @@ class LocalSteps:
         with on_host():
             return outputs, taken[0] if len(taken) == 1 else tf.reduce_any(taken)
 
-    def _learn_specs(self, first: Any) -> list[Any]:
-        """A first look at one step tells what it returns, which branches and loops have to know;
-        the specs of that in a row."""
-        specs, _ = self._one_step.get_concrete_function(first.element_spec).structured_outputs
-        self.specs = specs
-        return [spec for spec in tf.nest.flatten(specs) if spec is not None]
+    def _learn_specs(self, spec: Any) -> list[Any]:
+        """A first look at one step, on a batch of this spec, tells what it returns, which branches
+        and loops have to know; the specs of that in a row."""
+        self.specs, _ = self._one_step.get_concrete_function(spec).structured_outputs
+        return [spec for spec in tf.nest.flatten(self.specs) if spec is not None]
 
     def _step_on(self, batch: Any) -> tuple[list[Any], tf.Tensor]:
-        """One step on an Optional's value: what it returns, in a row, and whether that counts."""
-        if self.keep is not None:
-            self.keep(batch)
-        outputs, taken = self._one_step(batch.get_value())
+        """One step: what it returns, in a row, and whether that counts."""
+        outputs, taken = self._one_step(batch)
         return [tensor for tensor in tf.nest.flatten(outputs) if tensor is not None], taken
 
     def _in_order(self, outputs: Any) -> Any:
@@ -213,83 +211,86 @@ class LocalSteps:
         found = iter(outputs)
         return tf.nest.map_structure(lambda s: None if s is None else next(found), self.specs)
 
-    def _take_once(self, iterator: Any, first: Any, peek: bool) -> tuple[tf.Tensor, Any, Any]:
-        zeros = [_zeros(spec) for spec in self._learn_specs(first)]
+    def _take_once(self, iterator: Any, first: Next, peek: bool) -> tuple[tf.Tensor, Any, Any]:
+        spec = self.feed.spec(iterator, first)
+        zeros = [_zeros(spec) for spec in self._learn_specs(spec)]
+        some = self.feed.note(first)
+        # A copy to a device is asked for before the step is launched.
+        following = self.feed.ask(iterator) if peek and self.feed.copies(iterator) else None
 
         def step() -> Any:
-            outputs, taken = self._step_on(first)
-            if outputs:
-                outputs = tf.cond(taken, lambda: outputs, lambda: zeros)
-            with on_host():
-                return tf.constant(1), outputs
-
-        def nothing() -> Any:
-            with on_host():
-                return tf.constant(0), zeros
+            outputs, taken = self._step_on(self.feed.batch(first, spec))
+            return tf.cond(taken, lambda: outputs, lambda: zeros) if outputs else []
 
         # What failed for want of data would be late: a step may count before it uses its batch.
+        outputs = if_any(some, step, lambda: zeros)
+        if peek and following is None:
+            following = self.feed.ask(iterator)
         with on_host():
-            some = first.has_value()
-        taken, outputs = tf.cond(some, step, nothing)
-        following = next_batch(iterator, self._strategy) if peek else None
-        with on_host():
-            return tf.identity(taken), self._in_order(outputs), following
+            return tf.identity(some), self._in_order(outputs), following
 
     def _take_once_from_iterator(self, iterator: Any, peek: bool) -> tuple[tf.Tensor, Any, Any]:
-        return self._take_once(iterator, next_batch(iterator, self._strategy), peek)
+        return self._take_once(iterator, self.feed.ask(iterator), peek)
 
     def _loop(
-        self, iterator: Any, count: tf.Tensor, first: Any, peek: bool
+        self, iterator: Any, count: tf.Tensor, first: Next, peek: bool
     ) -> tuple[tf.Tensor, Any, Any]:
-        strategy = self._strategy
-        specs = self._learn_specs(first)
+        feed, spec = self.feed, self.feed.spec(iterator, first)
+        specs = self._learn_specs(spec)
 
-        def more(i: Any, following: Any, _: Any) -> tf.Tensor:
+        ahead = peek and feed.copies(iterator)  # the last step asks for the next execution's batch
+
+        def more(i: Any, coming: Any, _: Any) -> tf.Tensor:
             with on_host():
-                return tf.logical_and(i < count, following.has_value())
+                return tf.logical_and(i < count, coming[0] > 0)
 
-        def body(i: Any, following: Any, outputs: Any) -> Any:
-            new, taken = self._step_on(following)
-            outputs = tf.cond(taken, lambda: new, lambda: outputs) if new else outputs
-            if peek:
-                following = next_batch(iterator, strategy)
+        def body(i: Any, coming: Any, outputs: Any) -> Any:
+            if ahead:
+                feed.note(coming)
+                following = list(feed.ask(iterator))
             else:
-                following = tf.cond(
-                    i + 1 < count, lambda: next_batch(iterator, strategy), lambda: following
-                )
+                following = feed.take(iterator, spec, i + 1 < count)
+            new, taken = self._step_on(batch_of(spec, coming[1:]))
+            outputs = tf.cond(taken, lambda: new, lambda: outputs) if new else outputs
             return i + 1, following, outputs
 
         taken, following, outputs = tf.while_loop(
             more,
             body,
-            (tf.constant(0), first, [_zeros(spec) for spec in specs]),
+            (
+                tf.constant(0),
+                list(first) if ahead else feed.open(iterator, first),
+                [_zeros(spec) for spec in specs],
+            ),
             shape_invariants=(
                 tf.TensorShape([]),
-                tf.type_spec_from_value(first),
+                shapes_of(spec),
                 [spec.shape for spec in specs],
             ),
         )
+        if not ahead:
+            following = feed.ask(iterator) if peek else None
         with on_host():
-            return tf.identity(taken), self._in_order(outputs), following if peek else None
+            return tf.identity(taken), self._in_order(outputs), following
 
     def _loop_from_iterator(
         self, iterator: Any, count: tf.Tensor, peek: bool
     ) -> tuple[tf.Tensor, Any, Any]:
-        return self._loop(iterator, count, next_batch(iterator, self._strategy), peek)
+        return self._loop(iterator, count, self.feed.ask(iterator), peek)
 
     def _eagerly(self, iterator: Any, count: int, first: Any, peek: bool) -> tuple[int, Any, Any]:
         """`_loop` in Python: with `run_eagerly` a step sees values."""
-        following = next_batch(iterator, self._strategy) if first is None else first
+        following = next_batch(iterator, self._strategy) if first is None else first[0]
         taken, outputs = 0, None
         while taken < count and following.has_value():
-            if self.keep is not None:
-                self.keep(following)
+            if self.feed.kept is not None:
+                self.feed.kept.add(following)
             new, some = self.one_step(following.get_value())
             outputs = new if some or outputs is None else outputs
             taken += 1
             if peek or taken < count:
                 following = next_batch(iterator, self._strategy)
-        return taken, outputs, following if peek else None
+        return taken, outputs, (following,) if peek else None
 
 
 def _as_one_replica(
@@ -299,25 +300,6 @@ def _as_one_replica(
         return step_fn(data)
     with strategy.one_replica():
         return step_fn(data)
-
-
-def on_host() -> contextlib.AbstractContextManager[Any]:
-    """Around what decides where a graph goes on, and what Python reads of it after each execution.
-    On a GPU it would wait in the queue for all steps before it, and the host for it, so that no
-    step is launched ahead."""
-    return tf.device("CPU:0")
-
-
-def next_batch(iterator: Any, strategy: tf.distribute.Strategy) -> Any:
-    """The iterator's next batch as an Optional, asking this worker only."""
-    if not isinstance(strategy, BlockStrategy):
-        return iterator.get_next_as_optional()
-    plain = plain_iterator(iterator)
-    if plain is not None:
-        with on_host():
-            return plain.get_next_as_optional()
-    with strategy.local_input():
-        return iterator.get_next_as_optional()
 
 
 def resolve_jit(jit_compile: bool | str) -> bool:
@@ -346,16 +328,16 @@ def explaining_xla(jit_compile: bool) -> Iterator[None]:
         ) from error
 
 
-def _has_examples(data: Any) -> Any:
-    """Whether a replica's share of a batch is not empty: True if that is certain."""
+def _examples(data: Any) -> tf.Tensor | None:
+    """How many examples there are in a replica's share of a batch; None if certainly some."""
     for leaf in tf.nest.flatten(data):
         if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
-            return True if leaf.shape[0] else tf.shape(leaf)[0] > 0
+            return None if leaf.shape[0] else tf.shape(leaf)[0]
         if isinstance(leaf, tf.RaggedTensor):
-            return leaf.nrows() > 0
+            return tf.cast(leaf.nrows(), tf.int32)
         if isinstance(leaf, tf.SparseTensor):
-            return leaf.dense_shape[0] > 0
-    return True
+            return tf.cast(leaf.dense_shape[0], tf.int32)
+    return None
 
 
 def _zeros(spec: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_blockmomentum.steps import next_batch, on_host
+from tf_blockmomentum.feed import next_batch, on_host
 from tf_blockmomentum.strategy import BlockStrategy
 
 
@@ -23,16 +23,40 @@ class LastBatches:
     def __init__(self, count: int) -> None:
         self._count = count
         with on_host():
-            self._queue = tf.queue.FIFOQueue(count, [tf.variant, tf.int32], shapes=[(), ()])
+            self._queue, self._foreseen = (
+                tf.queue.FIFOQueue(size, [tf.variant, tf.int32], shapes=[(), ()])
+                for size in (count, 2)
+            )
         self._specs: list[Any] = []  # of Optionals; a fit may have other data than the last
 
     def add(self, batch: Any) -> None:
         """Keeps an Optional of a batch, in a graph or eagerly; the oldest leaves."""
+        self._add(self._as_element(batch))
+
+    def foresee(self, batch: Any) -> None:
+        """Remembers an Optional of a batch that is asked for and may be trained on later."""
+        with on_host():
+            self._foreseen.enqueue(self._as_element(batch))
+
+    def add_foreseen(self) -> None:
+        """Keeps the batch that was foreseen first."""
+        with on_host():
+            self._add(self._foreseen.dequeue())
+
+    def forget_foreseen(self) -> None:
+        """Those that were foreseen are not trained on."""
+        while self._foreseen.size() > 0:
+            self._foreseen.dequeue()
+
+    def _as_element(self, batch: Any) -> list[tf.Tensor]:
         spec = tf.type_spec_from_value(batch)
         if spec not in self._specs:
             self._specs.append(spec)
         (variant,) = tf.nest.flatten(batch, expand_composites=True)
+        with on_host():
+            return [variant, tf.constant(self._specs.index(spec))]
 
+    def _add(self, element: list[tf.Tensor]) -> None:
         def drop() -> tf.Tensor:
             self._queue.dequeue()
             return tf.constant(True)
@@ -40,7 +64,7 @@ class LastBatches:
         with on_host():
             full = self._queue.size() >= self._count
             with tf.control_dependencies([tf.cond(full, drop, lambda: tf.constant(False))]):
-                self._queue.enqueue([variant, tf.constant(self._specs.index(spec))])
+                self._queue.enqueue(element)
 
     def take(self) -> list[Any]:
         """The batches, the oldest first, which are not kept any longer."""
