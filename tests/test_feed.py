@@ -44,12 +44,13 @@ def mixed(count):
         size = 4 if i < count - 1 else 3
         values = rng.normal(size=[size, 2]).astype("float32")
         x = {
-            "ragged": tf.RaggedTensor.from_row_lengths(rng.normal(size=[2 * size, 2]), [2] * size),
+            "ragged": tf.RaggedTensor.from_row_lengths(
+                rng.normal(size=[2 * size, 2]).astype("float32"), [2] * size
+            ),
             "sparse": tf.sparse.from_dense(values * (values > 0)),
             "text": tf.strings.as_string(values[:, 0]),
             "number": tf.constant(rng.integers(0, 3, [size, 1])),
         }
-        x["ragged"] = tf.cast(x["ragged"], tf.float32)
         data.append((x, values.sum(axis=1, keepdims=True)))
     spec = (
         {

@@ -1,6 +1,7 @@
 """The next batch, and its way to the replica's device."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,10 +109,16 @@ class Feed:
     def _device(self, iterator: Any) -> str | None:
         """The device of a worker's only replica, unless it is the host, or TensorFlow's own
         iterator brings the batches there."""
+        device = self._replicas_device
+        if device is None or not isinstance(self._strategy, BlockStrategy):
+            return device
+        return device if plain_iterator(iterator) is not None else None
+
+    @functools.cached_property
+    def _replicas_device(self) -> str | None:
+        """The first replica's device, unless it is the host; asked for at every execution."""
         if not isinstance(self._strategy, BlockStrategy):
             return "GPU:0" if tf.config.list_logical_devices("GPU") else None
-        if plain_iterator(iterator) is None:
-            return None
         device = tf.DeviceSpec.from_string(self._strategy.extended.worker_devices[0])
         name = f"{device.device_type}:{device.device_index}"
         return None if name == "CPU:0" else name

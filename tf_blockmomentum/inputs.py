@@ -61,3 +61,15 @@ def check_global_batch(size: int | None, strategy: tf.distribute.Strategy) -> No
             f"{size} for {replicas} replicas. Use a multiple of {replicas}, such as "
             f"batch_size={replicas * share}; each replica then gets {share} examples a step."
         )
+
+
+def examples_of(data: Any) -> Any:
+    """How many examples a batch has: an int where that is certain, 1 if it has no such number."""
+    for leaf in tf.nest.flatten(data):
+        if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
+            return leaf.shape[0] or tf.shape(leaf)[0]
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(leaf.nrows(), tf.int32)
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.cast(leaf.dense_shape[0], tf.int32)
+    return 1

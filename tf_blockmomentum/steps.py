@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_blockmomentum._private import models as _models
 from tf_blockmomentum.feed import Feed, Next, batch_of, if_any, next_batch, on_host, shapes_of
-from tf_blockmomentum.inputs import none_for_marks
+from tf_blockmomentum.inputs import examples_of, none_for_marks
 from tf_blockmomentum.local import NotBuilt
 from tf_blockmomentum.optimizer import find
 from tf_blockmomentum.strategy import BlockStrategy, replicas_of
@@ -166,8 +166,8 @@ class LocalSteps:
             specs = self._step.get_concrete_function(data).structured_outputs
             return tf.nest.map_structure(_zeros, specs)
 
-        examples = _examples(data)
-        if examples is None:
+        examples = examples_of(data)
+        if isinstance(examples, int):
             outputs = take()
             with on_host():
                 return outputs, tf.constant(True)
@@ -215,8 +215,7 @@ class LocalSteps:
         spec = self.feed.spec(iterator, first)
         zeros = [_zeros(spec) for spec in self._learn_specs(spec)]
         some = self.feed.note(first)
-        # A copy to a device is asked for before the step is launched.
-        following = self.feed.ask(iterator) if peek and self.feed.copies(iterator) else None
+        following = self.feed.ask(iterator) if peek else None  # before the step is launched
 
         def step() -> Any:
             outputs, taken = self._step_on(self.feed.batch(first, spec))
@@ -224,8 +223,6 @@ class LocalSteps:
 
         # What failed for want of data would be late: a step may count before it uses its batch.
         outputs = if_any(some, step, lambda: zeros)
-        if peek and following is None:
-            following = self.feed.ask(iterator)
         with on_host():
             return tf.identity(some), self._in_order(outputs), following
 
@@ -237,7 +234,6 @@ class LocalSteps:
     ) -> tuple[tf.Tensor, Any, Any]:
         feed, spec = self.feed, self.feed.spec(iterator, first)
         specs = self._learn_specs(spec)
-
         ahead = peek and feed.copies(iterator)  # the last step asks for the next execution's batch
 
         def more(i: Any, coming: Any, _: Any) -> tf.Tensor:
@@ -326,18 +322,6 @@ def explaining_xla(jit_compile: bool) -> Iterator[None]:
             f"XLA does not support ({str(error).strip().splitlines()[0]}). Use "
             "jit_compile=False, or move the operation into the tf.data pipeline."
         ) from error
-
-
-def _examples(data: Any) -> tf.Tensor | None:
-    """How many examples there are in a replica's share of a batch; None if certainly some."""
-    for leaf in tf.nest.flatten(data):
-        if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
-            return None if leaf.shape[0] else tf.shape(leaf)[0]
-        if isinstance(leaf, tf.RaggedTensor):
-            return tf.cast(leaf.nrows(), tf.int32)
-        if isinstance(leaf, tf.SparseTensor):
-            return tf.cast(leaf.dense_shape[0], tf.int32)
-    return None
 
 
 def _zeros(spec: Any) -> Any:

@@ -130,15 +130,3 @@ def distributed(dataset: Any, strategy: tf.distribute.Strategy) -> Iterator[Any]
     if isinstance(strategy, BlockStrategy) and isinstance(dataset, tf.data.Dataset):
         dataset = strategy.experimental_distribute_dataset(dataset)
     return batches_of(dataset, strategy)
-
-
-def examples_of(data: Any) -> Any:
-    """How many examples a batch has; 1 if it has no such number."""
-    for leaf in tf.nest.flatten(data):
-        if isinstance(leaf, tf.Tensor) and leaf.shape.rank:
-            return tf.shape(leaf)[0]
-        if isinstance(leaf, tf.RaggedTensor):
-            return leaf.nrows()
-        if isinstance(leaf, tf.SparseTensor):
-            return leaf.dense_shape[0]
-    return 1

@@ -17,7 +17,8 @@ from tf_blockmomentum._private.trainer import training_of
 from tf_blockmomentum.boundary.exchange import gather
 from tf_blockmomentum.boundary.header import crc
 from tf_blockmomentum.checks import check_number
-from tf_blockmomentum.statistics.batches import distributed, examples_of
+from tf_blockmomentum.inputs import examples_of
+from tf_blockmomentum.statistics.batches import distributed
 from tf_blockmomentum.statistics.layers import Statistics, with_statistics
 from tf_blockmomentum.steps import LocalSteps, explaining_xla, resolve_jit
 from tf_blockmomentum.strategy import any_batch, check_strategy, meeting, replicas_of
